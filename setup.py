@@ -1,0 +1,21 @@
+"All that setuptools needs to know stands in settings.ini: this file hands it over."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import setup
+
+here = Path(__file__).parent
+ini = ConfigParser(delimiters='=')
+ini.read_string((here/'settings.ini').read_text('utf-8'))
+cfg = ini['DEFAULT']
+
+def rows(key): return cfg[key].strip().splitlines()
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
+    license_expression=cfg['license'], license_files=['LICENSE'],
+    keywords=cfg['keywords'].split(), classifiers=rows('classifiers'),
+    long_description=(here/'README.md').read_text('utf-8'), long_description_content_type='text/markdown',
+    packages=[cfg['lib_path']], python_requires=f">={cfg['min_python']}", install_requires=rows('requirements'),
+    extras_require={o: rows(f'{o}_requirements') for o in ('demo', 'dev')},
+    entry_points={'console_scripts': rows('console_scripts'), 'nbdev': [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
+)
