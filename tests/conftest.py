@@ -1,0 +1,59 @@
+"What the tests share: a small Learner on pictures made on the spot, and the pretrained demo Learner."
+import matplotlib
+matplotlib.use('Agg')
+import numpy as np, pytest, torch
+from fastai.vision.all import *
+from fastai_heatmaps.all import *
+
+for o in [o for o in globals() if o.startswith('test')]: del globals()[o] # fastcore's own `test_eq` and others are no tests of ours
+torch.set_num_threads(1) # the tests run in one process a core
+
+
+def pytest_addoption(parser):
+    parser.addoption('--nb-flags', default='', help='nbdev test flags to run that are left out otherwise, such as "slow"')
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close('all')
+
+
+@pytest.fixture(scope='session')
+def pics(tmp_path_factory):
+    "A folder of 12 pictures of several sizes, 6 of each class, 'Red' and 'Blue_ish'"
+    path,rng = tmp_path_factory.mktemp('pics'),np.random.default_rng(0)
+    for i in range(12):
+        h,w = 60+5*(i%4),70+4*(i%3)
+        im = rng.integers(0, 90, (h,w,3), dtype=np.uint8)
+        im[10:40,15:45,[0,2][i%2]] = 250
+        Image.fromarray(im).save(path/f"{['Red','Blue_ish'][i%2]}_{i}.png")
+    return path
+
+
+def label(o): return Path(o).name.rsplit('_', 1)[0]
+
+
+def pic_block(img=ImageBlock, batch_tfms=(), size=64, **kwargs):
+    return DataBlock((img, CategoryBlock), get_y=label, splitter=IndexSplitter(range(6)), item_tfms=Resize(size), batch_tfms=list(batch_tfms), **kwargs)
+
+
+def pic_learner(pics, arch=resnet18, bs=4, loss_func=None, cbs=None, **kwargs):
+    set_seed(7)
+    dls = pic_block(get_items=get_image_files, **kwargs).dataloaders(pics, bs=bs, num_workers=0, device='cpu')
+    return vision_learner(dls, arch, pretrained=False, normalize=False, loss_func=loss_func, metrics=accuracy, cbs=cbs)
+
+
+@pytest.fixture
+def learn(pics): return pic_learner(pics)
+
+
+@pytest.fixture(scope='session')
+def demo(): return demo_learner()
+
+
+def close(a, b, rtol=1e-3):
+    "Equal after scaling each to a maximum of 1"
+    a,b = [torch.as_tensor(o).detach().as_subclass(Tensor).float() for o in (a,b)]
+    assert a.shape==b.shape and a.abs().max()>0 and b.abs().max()>0
+    torch.testing.assert_close(a/a.abs().max(), b/b.abs().max(), rtol=rtol, atol=rtol/10)

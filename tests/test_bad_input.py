@@ -1,0 +1,146 @@
+"Whatever is wrong is told in one line that says what to do, as the kind of error that was promised."
+import pickle, pytest
+from fastai.tabular.all import TabularDataLoaders, tabular_learner, Categorify
+from fastai.text.models.awdlstm import AWD_LSTM
+from fastai.text.models.core import get_text_classifier
+from conftest import *
+
+
+def fails(f, *words, kind=ValueError):
+    "`f` raises `kind` with one line that has all of `words`"
+    with pytest.raises(kind) as e: f()
+    msg = str(e.value)
+    assert '\n' not in msg and len(msg)<600, msg
+    for w in words: assert w in msg, msg
+
+
+@pytest.fixture
+def photo(pics): return get_image_files(pics)[0]
+
+
+def test_class(learn, photo):
+    fails(lambda: learn.show_gradcam(photo, cls='blue'), "no class 'blue'", "'Blue_ish'")
+    fails(lambda: learn.show_gradcam(photo, cls=2), 'no class 2', '0 to 1')
+    fails(lambda: learn.show_gradcam(photo, cls=-1), 'no class -1', '0 to 1')
+    fails(lambda: learn.show_gradcam(photo, cls=1.5), 'a name or an index')
+    fails(lambda: learn.show_gradcam(photo, cls=True), 'a name or an index')
+    fails(lambda: learn.show_gradcam(photo, cls=['red', 'Red']), 'twice')
+    fails(lambda: learn.show_gradcam(photo, cls=['Red', 1]), 'twice')
+    fails(lambda: learn.show_gradcam(photo, cls=[]), 'empty')
+    fails(lambda: learn.show_gradcam(photo, cls='targ'), 'needs the true classes')
+    fails(lambda: learn.show_gradcam(photo, topk=3), 'topk is 3', '1 to 2')
+    fails(lambda: learn.get_heatmaps([photo]*3, cls=tensor([0,1])), '2 indices for 3')
+    fails(lambda: learn.get_heatmaps(photo, cls=tensor([0,1])), '2 indices for 1')
+    fails(lambda: learn.show_gradcam((photo, 'Green')), "no class 'Green'")
+
+
+def test_method(learn, photo):
+    fails(lambda: learn.show_heatmap(photo, method='GradCam++'), "did you mean 'gradcam++'")
+    fails(lambda: learn.show_heatmap(photo, method=3), 'the methods are')
+    fails(lambda: learn.show_heatmap(photo, method=lambda a, g: a.mean()), 'expected a map (n, h, w)')
+    fails(lambda: learn.show_heatmap(photo, method=lambda a, g: None), 'expected a map')
+
+
+def test_layer(learn, photo):
+    fails(lambda: learn.show_gradcam(photo, layer='0.77'), "no layer '0.77'", 'closest')
+    fails(lambda: learn.show_gradcam(photo, layer=nn.Linear(1,1)), 'is not a layer of the model')
+    fails(lambda: learn.show_gradcam(photo, layer=[]), 'empty')
+    fails(lambda: learn.show_gradcam(photo, layer='1.4'), "layer '1.4' puts out (1, 512)", "'0.7'")
+    learn.model.add_module('unused', nn.Conv2d(3, 3, 1))
+    learn.model.forward = lambda x: learn.model[1](learn.model[0](x))
+    fails(lambda: learn.show_gradcam(photo, layer='unused'), "layer 'unused' did not run")
+
+
+def test_a_layer_that_the_output_does_not_depend_on():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.fc = nn.Conv2d(3, 4, 3),nn.Conv2d(3, 4, 3),nn.Linear(4, 2)
+        def forward(self, x): self.b(x); return self.fc(self.a(x).mean((2,3)))
+    fails(lambda: model_heatmaps(Net(), torch.rand(1, 3, 9, 9), layer='b'), 'does not depend on that layer')
+    assert model_heatmaps(Net(), torch.rand(1, 3, 9, 9), layer='a')[0].shape==(1,1,7,7)
+
+
+def test_a_map_of_one_cell_warns(learn):
+    with pytest.warns(UserWarning, match='1×1'): model_heatmaps(learn.model, torch.rand(1, 3, 32, 32))
+
+
+def test_files(learn, photo, tmp_path):
+    text,cut = tmp_path/'notes.jpg',tmp_path/'cut.png'
+    text.write_text('no picture')
+    cut.write_bytes(photo.read_bytes()[:1000])
+    fails(lambda: learn.show_gradcam(text), 'notes.jpg', 'cannot be read as an image')
+    fails(lambda: learn.show_gradcam(cut), 'cut.png', 'cannot be read as an image')
+    fails(lambda: learn.show_gradcam('no_such.jpg'), 'no_such.jpg', 'No such file')
+    fails(lambda: learn.show_gradcam(tmp_path), str(tmp_path), 'directory')
+    fails(lambda: learn.show_gradcam(b'abc'), 'this bytes cannot be read')
+    fails(lambda: learn.show_gradcam(3), 'this int cannot be read')
+    fails(lambda: learn.show_gradcam(torch.rand(3, 9, 9)), 'expected uint8')
+    fails(lambda: learn.show_gradcam(np.zeros((2,3,9,9), dtype=np.uint8)), 'cannot be read')
+
+
+def test_a_bad_file_in_a_worker_process(pics, photo, tmp_path):
+    "More images than a batch are opened by worker processes; their errors come back as one line too"
+    learn = pic_learner(pics)
+    learn.dls.valid.fake_l.num_workers = 2
+    bad = tmp_path/'bad.jpg'
+    bad.write_text('no picture')
+    assert len(learn.get_heatmaps([photo]*9))==9
+    fails(lambda: learn.get_heatmaps([photo]*8+[bad]), "bad.jpg' cannot be read as an image: cannot identify")
+
+
+def test_items(learn, photo):
+    fails(lambda: learn.get_heatmaps([]), 'pass at least one')
+    fails(lambda: learn.show_gradcam([photo, photo]), 'expected one image', 'plot_heatmap_grid')
+    fails(lambda: learn.plot_heatmap_grid([]), 'pass at least one')
+    fails(lambda: model_heatmaps(learn.model, torch.zeros(0, 3, 64, 64)), 'the batch is empty')
+    hm = learn.get_heatmaps([photo, photo], cls=['Red', 'Blue_ish'])
+    fails(lambda: hm.show(0, ctx=plt.gca()), '2 classes need 2 Axes')
+
+
+def test_channels(learn):
+    fails(lambda: model_heatmaps(learn.model, torch.rand(1, 1, 64, 64)), '1 channels', 'takes 3', 'n_in=1')
+
+
+def test_channels_of_a_learner(pics, photo):
+    learn = pic_learner(pics)
+    learn.model = create_vision_model(resnet18, 2, pretrained=False, n_in=4)
+    fails(lambda: learn.show_gradcam(photo), '3 channels', 'takes 4')
+
+
+def test_outputs():
+    conv = nn.Conv2d(3, 5, 3)
+    fails(lambda: model_heatmaps(nn.Sequential(conv, nn.ReLU()), torch.rand(2, 3, 9, 9)), '(2, 5, 7, 7)', '(n, c)')
+    class Pair(nn.Module):
+        def __init__(self): super().__init__(); self.conv = conv
+        def forward(self, x): return self.conv(x).mean((2,3)),0
+    fails(lambda: model_heatmaps(Pair(), torch.rand(2, 3, 9, 9)), 'tuple', '(n, c)')
+
+
+def test_models_without_a_map():
+    import pandas as pd
+    df = pd.DataFrame(dict(a=['x','y']*8, y=['p','q']*8))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['a'], y_names='y', bs=4, valid_idx=range(4), device='cpu')
+    learn = tabular_learner(dls)
+    fails(lambda: learn.get_heatmaps(), 'no layer of this TabularModel', 'convolutional body')
+    fails(lambda: learn.show_gradcam('x.jpg'), 'Learner')
+    text = get_text_classifier(AWD_LSTM, 20, 2, config=dict(emb_sz=8, n_hid=8, n_layers=1, pad_token=1, bidir=False, output_p=.1, hidden_p=.1, input_p=.1, embed_p=.1, weight_p=.1))
+    fails(lambda: model_heatmaps(text, torch.randint(0, 20, (2, 12))), 'convolutional body')
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(27, 2))
+    fails(lambda: model_heatmaps(flat, torch.rand(1, 3, 3, 3)), 'convolutional body')
+
+
+def test_an_exported_learner_has_no_set(learn, photo, tmp_path):
+    learn.path = tmp_path
+    learn.export()
+    new = load_learner(tmp_path/'export.pkl')
+    fails(lambda: new.get_heatmaps(), 'exported', 'pass some as `items`')
+    fails(lambda: new.plot_heatmap_grid(), 'no images')
+
+
+def test_nothing_is_silently_zero(learn, photo):
+    "A flat map is drawn as zeros and says so; a repeated or missing class never gives one"
+    def silent(acts, grads): return acts.sum(1)*0
+    hm = learn.get_heatmaps(photo, method=silent)
+    ax = hm.show()
+    assert 'no evidence' in ax.get_title() and np.isfinite(ax.images[1].get_array()).all()
+    fig = ax.figure
+    fig.canvas.draw()

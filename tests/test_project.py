@@ -1,0 +1,71 @@
+"What is written twice agrees, the package is what the notebooks export, and the notebooks run."
+import json, re, shutil, subprocess, sys, tomllib
+from configparser import ConfigParser
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parents[1]
+nbs = sorted((root/'nbs').glob('*.ipynb'))
+ini = ConfigParser(delimiters='=')
+ini.read(root/'settings.ini', 'utf-8')
+cfg = ini['DEFAULT']
+
+
+def tool(name): return Path(sys.executable).with_name(name)
+def rows(key): return cfg[key].split('\n')[1:]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of what nbdev works on"
+    for o in ('pyproject.toml', 'settings.ini'): shutil.copy(root/o, tmp_path)
+    for o in ('nbs', 'fastai_heatmaps'): shutil.copytree(root/o, tmp_path/o, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    return tmp_path
+
+
+def contents(path, pattern): return {p.name: p.read_text('utf-8') for p in path.glob(pattern)}
+
+
+def test_metadata():
+    pyproject = tomllib.loads((root/'pyproject.toml').read_text('utf-8'))
+    assert pyproject['project']['name']==cfg['lib_name']
+    d = distribution(cfg['lib_name'])
+    assert d.version==cfg['version'], 'install again: pip install -e .'
+    assert [f'{o.name} = {o.value}' for o in d.entry_points if o.group=='console_scripts']==rows('console_scripts')
+    assert set(rows('requirements')) <= set(d.requires)
+    for extra in ('demo', 'dev'): assert len([o for o in d.requires if re.search(f'extra == .{extra}', o)])==len(rows(f'{extra}_requirements'))
+    assert f"## {cfg['version']}" in (root/'CHANGELOG.md').read_text('utf-8')
+
+
+def test_package_is_what_the_notebooks_export(copy):
+    for f in (copy/'fastai_heatmaps').glob('*.py'):
+        if f.name not in ('__init__.py', 'all.py'): f.unlink()
+    subprocess.run([tool('nbdev-export')], cwd=copy, check=True)
+    assert contents(copy/'fastai_heatmaps', '*.py')==contents(root/'fastai_heatmaps', '*.py'), 'run nbdev-export'
+
+
+def test_notebooks_are_clean(copy):
+    subprocess.run([tool('nbdev-clean')], cwd=copy, check=True)
+    assert contents(copy/'nbs', '*.ipynb')==contents(root/'nbs', '*.ipynb'), 'run nbdev-clean'
+
+
+def test_readme_is_what_the_notebook_writes(tmp_path):
+    subprocess.run([sys.executable, root/'tools'/'docs.py', 'readme', '--dest', tmp_path], check=True)
+    assert (tmp_path/'README.md').read_text('utf-8')==(root/'README.md').read_text('utf-8'), 'run python tools/docs.py readme'
+    assert {f.name: f.read_bytes() for f in (tmp_path/'README_files').iterdir()}=={f.name: f.read_bytes() for f in (root/'README_files').iterdir()}
+
+
+def test_every_module_is_in_all():
+    mods = {re.search(r'default_exp (\w+)', f.read_text('utf-8'))[1] for f in nbs if 'default_exp' in f.read_text('utf-8')}
+    assert mods-{'cli'}==set(re.findall(r'from \.(\w+) import', (root/'fastai_heatmaps'/'all.py').read_text('utf-8')))
+
+
+@pytest.mark.parametrize('fn', nbs, ids=lambda o: o.name)
+def test_notebook(fn, pytestconfig):
+    "Runs the notebook; and what it shows was stored: each cell that draws has its picture, and no error or warning is stored"
+    res = subprocess.run([tool('nbdev-test'), fn, '--flags', pytestconfig.getoption('--nb-flags')], cwd=root, capture_output=True, text=True)
+    if res.returncode: pytest.fail(res.stdout+res.stderr, pytrace=False)
+    outs = [o for c in json.loads(fn.read_text('utf-8'))['cells'] if c['cell_type']=='code' for o in c['outputs']]
+    assert not [o for o in outs if o['output_type']=='error' or o.get('name')=='stderr']

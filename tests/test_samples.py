@@ -1,0 +1,80 @@
+"The pretrained Learner, its photos, and the command that draws them."
+import subprocess, sys, pytest
+from conftest import *
+
+
+def test_vocab_and_predictions(demo):
+    assert len(demo.dls.vocab)==1000 and {'tabby', 'Egyptian cat', 'espresso', 'missile'} <= set(demo.dls.vocab)
+    hm = demo.get_heatmaps()
+    assert [demo.dls.vocab[o[0]] for o in hm.cls]==['Egyptian cat', 'espresso', 'drilling platform']
+    assert hm.preds.max(1).values.tolist()==pytest.approx([.39, .72, .23], abs=.02)
+
+
+@pytest.mark.parametrize('pair,cls', [('cat_coffee', ['tabby', 'espresso']), ('cat_rocket', ['tabby', 'missile'])])
+def test_two_objects(demo, pair, cls):
+    "Of the Grad-CAM mass of each object's class, 90 % lies in that object's half; and the whole picture is seen"
+    maps = demo.get_heatmaps(demo_image(pair), cls=cls).maps[0]
+    assert maps.shape==(2,7,14)
+    left,right = maps[...,:7].sum((1,2)),maps[...,7:].sum((1,2))
+    inside = [float(left[0]/(left+right)[0]), float(right[1]/(left+right)[1])]
+    assert np.mean(inside)>=.9 and min(inside)>.85, inside
+
+
+def test_any_picture(demo):
+    for size in ((31,500), (224,224), (640,480), (1,1)):
+        ax = demo.show_gradcam(Image.new('RGB', size, (90,120,60)))
+        assert ax.get_title()
+    with pytest.raises(ValueError, match='cat_coffee'): demo_image('dog')
+
+
+def test_exported_demo(demo, tmp_path):
+    demo.path = tmp_path
+    demo.export()
+    new = load_learner(tmp_path/'export.pkl')
+    assert new.show_gradcam(demo_image('cat'), cls='TABBY').get_title().startswith('tabby 0.16')
+
+
+@pytest.fixture(scope='module')
+def command(): return str(Path(sys.executable).with_name('fastai-heatmaps'))
+
+
+def test_demo_command(command, tmp_path):
+    "As a process, in a folder outside the source, without a display"
+    res = subprocess.run([command, 'demo', '--out', 'a b/ü'], cwd=tmp_path, capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
+    out = tmp_path/'a b'/'ü'
+    pngs = sorted(out.glob('*.png'))
+    assert len(pngs)==9 and all(f.name in res.stdout for f in pngs) and 'index.html' in res.stdout
+    page = (out/'index.html').read_text('utf-8')
+    assert all(f'src="{f.name}"' in page for f in pngs)
+    for f in pngs:
+        px = np.array(Image.open(f).convert('RGB'))
+        assert min(px.shape[:2])>200 and px.std()>20
+
+
+def test_command_line(command, tmp_path):
+    def run(*args): return subprocess.run([command, *args], cwd=tmp_path, capture_output=True, text=True)
+    res = run('--version')
+    assert res.returncode==0 and res.stdout.startswith('fastai-heatmaps ')
+    assert 'demo' in run('--help').stdout
+    assert run().returncode==2 and run('nope').returncode==2
+    (tmp_path/'file').write_text('')
+    res = run('demo', '--out', 'file')
+    assert res.returncode==1 and res.stderr.strip().splitlines()[-1].startswith('fastai-heatmaps: ') and 'file' in res.stderr
+
+
+def test_without_the_extra(monkeypatch):
+    "A missing package is named, with how to get it"
+    monkeypatch.setitem(sys.modules, 'skimage.data', None)
+    with pytest.raises(ImportError, match=r"skimage.data: pip install 'fastai_heatmaps\[demo\]'"): demo_image('cat')
+
+
+def test_import_pulls_in_nothing_optional():
+    "Importing the package imports no package that importing fastai does not"
+    code = '''import sys
+from fastai.vision.all import *
+before = {o.split('.')[0] for o in sys.modules}
+from fastai_heatmaps.all import *
+print(*sorted({o.split('.')[0] for o in sys.modules} - before))'''
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    assert res.stdout.split()==['fastai_heatmaps']
