@@ -1,0 +1,15 @@
+from fastai_heatmaps import __version__
+
+project = 'fastai_heatmaps'
+html_title = f'{project} {__version__}'
+extensions = ['myst_nb']
+html_theme = 'furo'
+html_copy_source = False
+html_show_copyright = False
+nitpicky = True
+nb_execution_mode = 'off'
+nb_merge_streams = True
+myst_enable_extensions = ['html_image']  # an <img> in the text is checked and copied too
+myst_heading_anchors = 4
+myst_heading_slug_func = 'docs.slug'
+suppress_warnings = ['myst.header']  # a page may go from its title straight to show_doc's third level
