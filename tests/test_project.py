@@ -57,6 +57,29 @@ def test_readme_is_what_the_notebook_writes(tmp_path):
     assert {f.name: f.read_bytes() for f in (tmp_path/'README_files').iterdir()}=={f.name: f.read_bytes() for f in (root/'README_files').iterdir()}
 
 
+def test_docs_build_strictly():
+    res = subprocess.run([sys.executable, root/'tools'/'docs.py'], capture_output=True, text=True)
+    assert res.returncode==0, res.stdout+res.stderr
+    html = root/'docs'/'_build'/'html'
+    assert {p.name for p in html.glob('*.html')} >= {'index.html', *[f'{f.stem.split("_", 1)[-1]}.html' for f in nbs]}
+    assert 'Learner.show_gradcam' in (html/'learner.html').read_text('utf-8') and 'output' not in res.stderr.lower()
+
+
+def test_wheel(tmp_path):
+    "The wheel, built from the source distribution, holds all modules and runs from a folder of its own"
+    subprocess.run([sys.executable, '-m', 'build', '--outdir', tmp_path, root], check=True, capture_output=True)
+    wheel, = tmp_path.glob('*.whl')
+    site = tmp_path/'site'
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', site, wheel], check=True)
+    assert contents(site/'fastai_heatmaps', '*.py')==contents(root/'fastai_heatmaps', '*.py')
+    info, = site.glob('*.dist-info')
+    assert 'fastai-heatmaps = fastai_heatmaps.cli:main' in (info/'entry_points.txt').read_text()
+    assert (info/'licenses'/'LICENSE').exists() and f"Version: {cfg['version']}" in (info/'METADATA').read_text('utf-8')
+    code = 'import fastai_heatmaps.cli as c; print(c.__file__); c.main(["--version"])'
+    res = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(site)}, capture_output=True, text=True)
+    assert res.stdout.splitlines()==[str(site/'fastai_heatmaps'/'cli.py'), f"fastai-heatmaps {cfg['version']}"], res.stderr
+
+
 def test_every_module_is_in_all():
     mods = {re.search(r'default_exp (\w+)', f.read_text('utf-8'))[1] for f in nbs if 'default_exp' in f.read_text('utf-8')}
     assert mods-{'cli'}==set(re.findall(r'from \.(\w+) import', (root/'fastai_heatmaps'/'all.py').read_text('utf-8')))
