@@ -140,8 +140,8 @@ def cam_maps(
         return res
     if not needs_grads(f): res = _map(plain)[:,None].expand(-1, idxs.shape[1], -1, -1)
     else:
-        picked,k = scores.gather(1, idxs).sum(0),idxs.shape[1]
-        res = torch.stack([_map(plain, [g.as_subclass(Tensor).float() for g in gradients(picked[i], acts, retain=i<k-1)]) for i in range(k)], 1)
+        ones = F.one_hot(idxs.T, scores.shape[1]).to(scores) # (k, n, c)
+        res = torch.stack([_map(plain, [g.as_subclass(Tensor).float() for g in gradients(scores, o, acts, retain=i<len(ones)-1)]) for i,o in enumerate(ones)], 1)
         if relu: res = F.relu(res)
     return res.float().cpu()
 
@@ -153,11 +153,13 @@ def check_maps(
 ):
     "Raises ValueError if a hooked layer did not run or put out no map (n, C, h, w); warns where the map is 1×1"
     for h in hooks:
-        a,name = h.stored,next(n for n,m in model.named_modules() if h.hook.id in m._forward_hooks)
+        a = h.stored
+        if isinstance(a, Tensor) and a.ndim==4 and a.shape[2]*a.shape[3]>1: continue
+        name = next(n for n,m in model.named_modules() if h.hook.id in m._forward_hooks)
         if a is None: raise ValueError(f"layer '{name}' did not run in the forward pass: choose one that does")
         if not isinstance(a, Tensor) or a.ndim!=4:
             raise no_map(f"layer '{name}' puts out {tuple(a.shape) if isinstance(a, Tensor) else 'a '+type(a).__name__}", model, *[x[:1] for x in xb])
-        if a.shape[2]*a.shape[3]==1: warn(f"the map of layer '{name}' is 1×1, which shows nothing: choose an earlier layer or larger images")
+        warn(f"the map of layer '{name}' is 1×1, which shows nothing: choose an earlier layer or larger images")
 
 # %% ../nbs/03_cam.ipynb #561e33aa
 @contextmanager

@@ -43,11 +43,12 @@ def show_overlay(
 ): # The Axes
     "Draws `hmap` over `img`: the map's cells share the image evenly, so that the outer edges of both coincide"
     scale = color_scale([hmap])
+    vmin,vmax = ifnone(vmin, scale['vmin']),ifnone(vmax, scale['vmax'])
     h,w = img.shape[-2:]
     if ctx is None: ctx = plt.subplots(figsize=figsize or (4*w/h, 4), layout='compressed')[1]
     show_image(img, ctx=ctx, cmap='gray')
     ctx.imshow(hmap, extent=(-.5, w-.5, h-.5, -.5), alpha=alpha, interpolation=interpolation,
-               cmap=cmap or scale['cmap'], vmin=ifnone(vmin, scale['vmin']), vmax=ifnone(vmax, scale['vmax']))
+               cmap=cmap or scale['cmap'], vmin=vmin, vmax=vmax)
     return ctx
 
 # %% ../nbs/06_heatmaps.ipynb #71bdb3c5

@@ -47,13 +47,14 @@ def leaf_hooks(
 
 # %% ../nbs/00_hooks.ipynb #77fcc1ec
 def gradients(
-    score:Tensor, # A scalar: what is to be explained
+    scores:Tensor, # What the model says: (n, c)
+    weights:Tensor, # (n, c): how much of each score is to be explained; 1 for one class and 0 for the others
     acts:list, # The leaves, as `LeafHook.stored`
-    retain:bool=False # Keep the graph for another score?
+    retain:bool=False # Keep the graph for other weights?
 ) -> tuple: # One gradient for each of `acts`, of its shape
-    "`∂score/∂acts`, for each of `acts`; touches no parameter's `.grad`. Raises ValueError where `score` does not depend on one of `acts`"
+    "`∂Σ(weights·scores)/∂acts`; touches no parameter's `.grad`. Raises ValueError where the scores do not depend on one of `acts`"
     grads = (None,)
-    if score.requires_grad: grads = torch.autograd.grad(score, acts, retain_graph=retain, allow_unused=True)
+    if scores.requires_grad: grads = torch.autograd.grad(scores, acts, weights, retain_graph=retain, allow_unused=True)
     if any(g is None for g in grads):
         raise ValueError("the model's output does not depend on that layer in a way that autograd sees: choose a layer on the way to the output")
     return grads
