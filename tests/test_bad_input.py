@@ -31,6 +31,7 @@ def test_class(learn, photo):
     fails(lambda: learn.show_gradcam(photo, topk=3), 'topk is 3', '1 to 2')
     fails(lambda: learn.get_heatmaps([photo]*3, cls=tensor([0,1])), '2 indices for 3')
     fails(lambda: learn.get_heatmaps(photo, cls=tensor([0,1])), '2 indices for 1')
+    assert learn.get_heatmaps(photo, cls=range(2)).cls.tolist()==[[0,1]]
     fails(lambda: learn.show_gradcam((photo, 'Green')), "no class 'Green'")
 
 
@@ -51,11 +52,24 @@ def test_layer(learn, photo):
     fails(lambda: learn.show_gradcam(photo, layer='unused'), "layer 'unused' did not run")
 
 
+def test_transformers():
+    "Tokens are no map; a map before the tokens knows no classes yet"
+    import timm
+    x = torch.rand(1, 3, 224, 224)
+    for arch in ('vit_tiny_patch16_224', 'mixer_s16_224'):
+        net = timm.create_model(arch, pretrained=False, num_classes=3)
+        fails(lambda: model_heatmaps(net, x), 'works on tokens', 'no default layer')
+        fails(lambda: model_heatmaps(net, x, layer='norm'), "layer 'norm' puts out (1, 19")
+    swin = timm.create_model('swin_tiny_patch4_window7_224', pretrained=False, num_classes=3)
+    fails(lambda: model_heatmaps(swin, x), 'works on tokens')
+    fails(lambda: model_heatmaps(swin, x, layer='layers.3'), "layer 'layers.3' puts out (1, 7, 7, 768)")
+
+
 def test_a_layer_that_the_output_does_not_depend_on():
     class Net(nn.Module):
         def __init__(self): super().__init__(); self.a,self.b,self.fc = nn.Conv2d(3, 4, 3),nn.Conv2d(3, 4, 3),nn.Linear(4, 2)
         def forward(self, x): self.b(x); return self.fc(self.a(x).mean((2,3)))
-    fails(lambda: model_heatmaps(Net(), torch.rand(1, 3, 9, 9), layer='b'), 'does not depend on that layer')
+    fails(lambda: model_heatmaps(Net(), torch.rand(1, 3, 9, 9), layer='b'), 'no way from that layer')
     assert model_heatmaps(Net(), torch.rand(1, 3, 9, 9), layer='a')[0].shape==(1,1,7,7)
 
 
@@ -71,8 +85,8 @@ def test_files(learn, photo, tmp_path):
     fails(lambda: learn.show_gradcam(cut), 'cut.png', 'cannot be read as an image')
     fails(lambda: learn.show_gradcam('no_such.jpg'), 'no_such.jpg', 'No such file')
     fails(lambda: learn.show_gradcam(tmp_path), str(tmp_path), 'directory')
-    fails(lambda: learn.show_gradcam(b'abc'), 'this bytes cannot be read')
-    fails(lambda: learn.show_gradcam(3), 'this int cannot be read')
+    fails(lambda: learn.show_gradcam(b'abc'), 'bytes input cannot be read')
+    fails(lambda: learn.show_gradcam(3), 'int input cannot be read')
     fails(lambda: learn.show_gradcam(torch.rand(3, 9, 9)), 'expected uint8')
     fails(lambda: learn.show_gradcam(np.zeros((2,3,9,9), dtype=np.uint8)), 'cannot be read')
 
@@ -94,6 +108,43 @@ def test_items(learn, photo):
     fails(lambda: model_heatmaps(learn.model, torch.zeros(0, 3, 64, 64)), 'the batch is empty')
     hm = learn.get_heatmaps([photo, photo], cls=['Red', 'Blue_ish'])
     fails(lambda: hm.show(0, ctx=plt.gca()), '2 classes need 2 Axes')
+    fails(lambda: learn.get_heatmaps(dl=learn.dls.test_dl([photo]), cls='targ'), "cls='targ' needs one true class")
+    fails(lambda: learn.get_heatmaps((photo, photo)), 'a tuple is one item', 'as a list')
+    fails(lambda: learn.get_heatmaps((photo, 1, 2)), 'a tuple is one item')
+    fails(lambda: learn.get_heatmaps(photo, bs=0), 'bs is 0')
+    fails(lambda: learn.get_heatmaps(ds_idx=2), 'no set 2')
+    fails(lambda: learn.get_heatmaps(dl=learn.dls), 'expected a DataLoader')
+    fails(lambda: learn.get_heatmaps(dl=[1]), 'expected a DataLoader')
+    fails(lambda: learn.plot_heatmap_grid(n=0), 'n is 0')
+    fails(lambda: model_heatmaps(learn.model, torch.rand(3, 64, 64)), 'expected a batch', '(3, 64, 64)')
+    fails(lambda: model_heatmaps(learn.model, np.zeros((1,3,64,64))), 'expected a batch', 'ndarray')
+    fails(lambda: learn.show_gradcam(Image.new('RGB', (0,4))), 'no pixels')
+
+
+def test_plain_dataloaders_out_of_order():
+    ds = [(torch.rand(3, 64, 64), i%2) for i in range(6)]
+    def dl(**kwargs): return torch.utils.data.DataLoader(ds, 4, **kwargs)
+    learn = Learner(DataLoaders(dl(), dl()), create_vision_model(resnet18, 2, pretrained=False), loss_func=nn.CrossEntropyLoss())
+    fails(lambda: learn.get_heatmaps(dl=dl(shuffle=True)), 'shuffle=False')
+    fails(lambda: learn.get_heatmaps(dl=dl(sampler=torch.utils.data.SubsetRandomSampler([1,3]))), 'shuffle=False')
+    fails(lambda: learn.get_heatmaps(dl=torch.utils.data.DataLoader(ds, 4, drop_last=True)), '4 images for 6')
+    fails(lambda: learn.plot_heatmap_grid(), 'get_heatmaps')
+
+
+def test_outputs_that_do_not_fit(learn, photo):
+    class Squeeze(nn.Module):
+        def forward(self, x): return x.squeeze()
+    model = learn.model
+    fails(lambda: model_heatmaps(nn.Sequential(model[0], nn.Sequential(model[1], Squeeze())), torch.rand(1, 3, 64, 64)), "output is (2,)", 'n is 1')
+    learn.model = create_vision_model(resnet18, 3, pretrained=False)
+    fails(lambda: learn.show_gradcam(photo), '3 outputs', '2 names')
+
+
+def test_a_figure_that_fails_is_closed(learn, photo):
+    for kwargs in (dict(cmap='nope'), dict(interpolation='nope'), dict(alpha=3)):
+        with pytest.raises(ValueError): learn.show_gradcam(photo, **kwargs)
+        with pytest.raises(ValueError): learn.plot_heatmap_grid(n=2, **kwargs)
+    assert not plt.get_fignums()
 
 
 def test_channels(learn):

@@ -39,7 +39,7 @@ def test_by_hand(method, relu):
 
 def test_eigencam_against_power_iteration():
     acts = torch.rand(3, 5, 4, 6)
-    for a,got in zip(acts, cam_methods['eigencam'](acts)):
+    for a,got in zip(acts, heatmap_methods['eigencam'](acts)):
         O = a.flatten(1).T.double()
         v = torch.ones(5).double()
         for _ in range(500): v = F.normalize(O.T@(O@v), dim=0)
@@ -92,13 +92,13 @@ def test_gradcam_is_the_formula():
 
 
 def test_every_method_is_proved():
-    assert set(cam_methods) == set(by_hand) | {'eigencam'}
+    assert set(heatmap_methods) == set(by_hand) | {'eigencam'}
 
 
 def test_a_batch_is_its_images():
     m,xb = deep(),torch.rand(5, 3, 11, 11).double()
     idxs = tensor([3,0,1,1,2])
-    for method in cam_methods:
+    for method in heatmap_methods:
         maps,preds = model_heatmaps(m, xb, cls=idxs, method=method)
         for i in range(5):
             one,pred = model_heatmaps(m, xb[i:i+1], cls=int(idxs[i]), method=method)
@@ -111,10 +111,6 @@ def test_several_layers_are_fused():
     m = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True)),
                       nn.Sequential(nn.Flatten(), nn.Linear(6*9, 2)))
     x = torch.rand(2, 3, 12, 12)
-    one,two = [model_heatmaps(m, x, cls=1, layer=l)[0] for l in ('0.1', '0.4')]
-    both,_ = model_heatmaps(m, x, cls=1, layer=['0.1', '0.4'])
-    def unit(o): return o/o.amax((2,3), keepdim=True).clamp(min=1e-12)
-    # each layer's own map has its ReLU already; fused, the ReLU comes last, so compare without
     one,two = [model_heatmaps(m, x, cls=1, layer=l, relu=False)[0] for l in ('0.1', '0.4')]
     both,_ = model_heatmaps(m, x, cls=1, layer=['0.1', '0.4'], relu=False)
     def scaled(o): return o/o.abs().amax((2,3), keepdim=True)

@@ -1,5 +1,5 @@
 "All the kinds of images, DataLoaders and Learners that people have."
-import pandas as pd, pytest
+import pickle, pandas as pd, pytest
 from conftest import *
 
 
@@ -45,6 +45,56 @@ def test_items_of_a_dataset_bring_their_label(learn, pics):
     hm = learn.get_heatmaps([item, (item[0], 'Blue_ish')], cls='targ')
     assert hm.targs.tolist()==[int(item[1]), 0] and hm.cls[:,0].tolist()==hm.targs.tolist()
     assert f'truth: {learn.dls.vocab[item[1]]}' in learn.show_gradcam(item).get_title()
+
+
+def test_labels_that_are_no_class_are_left_aside(pics):
+    "A multi-label set is explained class by class, without a truth"
+    dls = DataBlock((ImageBlock, MultiCategoryBlock), get_items=get_image_files, get_y=lambda o: [label(o), 'any'],
+                    splitter=IndexSplitter(range(6)), item_tfms=Resize(64)).dataloaders(pics, bs=4, num_workers=0, device='cpu')
+    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False)
+    hm = learn.get_heatmaps(cls=['Red', 'any'])
+    assert hm.targs is None and hm.maps.shape==(6,2,2,2)
+    torch.testing.assert_close(hm.preds, learn.get_preds()[0].as_subclass(Tensor))
+    learn.show_gradcam(dls.valid_ds[0], cls='any')
+    with pytest.raises(ValueError, match='one true class'): learn.get_heatmaps(cls='targ')
+
+
+class PILFromNumpy(PILImage):
+    "An image class that opens its own kind of file, as those for DICOM do"
+    @classmethod
+    def create(cls, fn, **kwargs): return cls(Image.fromarray(np.load(fn)))
+
+
+def open_npy(fn): return TensorImage(np.load(fn)).permute(2,0,1).float()/255
+
+
+def test_own_image_classes_and_functions(pics, tmp_path):
+    for f in get_image_files(pics): np.save(tmp_path/f'{f.stem}.npy', np.array(PILImage.create(f).resize((64,64))))
+    files = get_files(tmp_path, extensions='.npy').sorted()
+    for block in (ImageBlock(PILFromNumpy), TransformBlock(type_tfms=open_npy)):
+        set_seed(7)
+        dls = DataBlock((block, CategoryBlock), get_y=label, splitter=IndexSplitter(range(0, 12, 2))).dataloaders(files, bs=4, num_workers=0, device='cpu')
+        learn = Learner(dls, create_vision_model(resnet18, 2, pretrained=False), loss_func=CrossEntropyLossFlat())
+        hm = learn.get_heatmaps(files[0], cls=0)
+        torch.testing.assert_close(hm.maps[0], learn.get_heatmaps(cls=0).maps[0], rtol=1e-4, atol=1e-6)
+        learn.show_gradcam(files[0])
+
+
+def test_heatmaps_and_their_dataloader_can_be_pickled(learn, pics):
+    "Worker processes that are spawned, as on Windows and macOS, get the DataLoader as a pickle"
+    hm = learn.get_heatmaps(list(get_image_files(pics)))
+    new = pickle.loads(pickle.dumps(hm))
+    torch.testing.assert_close(new.maps, hm.maps)
+    torch.testing.assert_close(new.image(3), hm.image(3))
+
+
+def test_an_unknown_loss_gives_no_probabilities(pics):
+    learn = pic_learner(pics, loss_func=lambda p, t: F.cross_entropy(p, t))
+    hm = learn.get_heatmaps(cls='Red')
+    learn.model.eval()
+    torch.testing.assert_close(hm.preds[:4], learn.model(first(learn.dls.valid)[0]).detach().as_subclass(Tensor), rtol=1e-3, atol=1e-5)
+    hm.preds[0] = tensor([-1.,2.])
+    assert hm.title(0)[0][0].split()[0]=='Red' and '2.00' not in hm.title(0)[0][0]
 
 
 def test_validation_set(learn):
@@ -140,7 +190,7 @@ class Bf16(Callback):
 
 
 @pytest.mark.parametrize('cbs', [MixedPrecision(amp_mode='bf16'), ChannelsLast(), Bf16()], ids=lambda o: type(o).__name__)
-@pytest.mark.parametrize('method', list(cam_methods))
+@pytest.mark.parametrize('method', list(heatmap_methods))
 def test_callbacks_of_the_learner_apply(pics, cbs, method):
     plain,learn = pic_learner(pics),pic_learner(pics, cbs=cbs)
     a,b = [o.get_heatmaps(cls=1, method=method, relu=False) for o in (plain, learn)]
@@ -182,7 +232,7 @@ def test_probabilities_whatever_the_loss(pics, loss):
 
 
 class XRay(nn.Module):
-    "A hand-written ResNet of the second seed article: blocks, then a convolution as large as the map, then a sigmoid"
+    "A hand-written ResNet for X-rays: blocks, then a convolution as large as the map, then a sigmoid"
     def __init__(self, sigmoid=True):
         super().__init__()
         def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
@@ -213,6 +263,41 @@ def test_one_output_for_two_classes(pics):
     for layer in ('resnet_blocks.1', model.resnet_blocks[0]): assert model_heatmaps(model, torch.rand(1, 3, 64, 64), layer=layer)[0].shape[2]>8
 
 
+def test_a_dataloader_with_an_order_of_its_own(learn):
+    class Shuffled(TfmdDL):
+        def get_idxs(self):
+            idxs = super().get_idxs()
+            random.shuffle(idxs)
+            return idxs
+    hm,want = learn.get_heatmaps(dl=learn.dls.valid.new(cls=Shuffled), cls=0),learn.get_heatmaps(cls=0)
+    assert sorted(hm.idxs)==want.idxs
+    for i,j in enumerate(hm.idxs):
+        torch.testing.assert_close(hm.maps[i], want.maps[j], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(hm.image(i), want.image(j))
+        assert hm.items[i]==want.items[j] and hm.targs[i]==want.targs[j]
+
+
+def test_worker_processes_that_are_spawned(pics):
+    "As on Windows and macOS: what they need travels as a pickle"
+    learn = pic_learner(pics)
+    learn.dls.valid = learn.dls.valid.new(num_workers=1)
+    files,old = list(get_image_files(pics))[:6],torch.multiprocessing.get_start_method()
+    want = learn.get_heatmaps(files[:4], cls=0)
+    torch.multiprocessing.set_start_method('spawn', force=True)
+    try: torch.testing.assert_close(learn.get_heatmaps(files, cls=0).maps[:4], want.maps, rtol=1e-4, atol=1e-6)
+    finally: torch.multiprocessing.set_start_method(old, force=True)
+
+
+def test_a_part_before_the_network(pics):
+    "A grey-to-RGB convolution or a normalisation in front of a network is not its body"
+    net = create_vision_model(resnet18, 3, pretrained=False).eval()
+    x = torch.rand(1, 1, 96, 96)
+    grey = nn.Sequential(nn.Conv2d(1, 3, 1), net).eval()
+    torch.testing.assert_close(model_heatmaps(grey, x, cls=1)[0], model_heatmaps(net, grey[0](x).detach(), cls=1)[0])
+    assert model_heatmaps(nn.Sequential(net, nn.Softmax(1)), torch.rand(1, 3, 96, 96))[0].shape==(1,1,3,3)
+    assert model_heatmaps(nn.Sequential(models.resnet18(weights=None), nn.Linear(1000, 5)), torch.rand(1, 3, 96, 96))[0].shape==(1,1,3,3)
+
+
 def test_a_vocab_of_numbers(pics):
     "A number is an entry of the vocab if the vocab holds it, and an index otherwise"
     dls = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda o: 3 if 'Red' in o.name else 7,
@@ -220,6 +305,16 @@ def test_a_vocab_of_numbers(pics):
     learn = vision_learner(dls, resnet18, pretrained=False, normalize=False)
     f = get_image_files(pics)[0]
     assert [int(learn.get_heatmaps(f, cls=o).cls) for o in (3, 7, 0, 1)]==[0, 1, 0, 1]
+    x,y = dls.valid_ds[0] # a tensor is an index all the same
+    assert int(learn.get_heatmaps(x, cls=y).cls)==int(learn.get_heatmaps(x, cls=y[None]).cls)==int(learn.get_heatmaps((x,y), cls='targ').cls)==int(y)
+
+
+def test_ways_to_name_classes(learn, pics):
+    f = get_image_files(pics)[0]
+    for cls in (['Blue_ish','Red'], learn.dls.vocab, np.array(['blue_ish','RED']), pd.Series([0,1]), (o for o in (0,1)), range(2), L(0,1), {0:1, 1:1}):
+        assert learn.get_heatmaps(f, cls=cls).cls.tolist()==[[0,1]]
+    assert learn.get_heatmaps([f,f], cls=np.array([1,0])).cls.tolist()==[[1],[0]]
+    for cls in (np.int64(1), np.str_('red'), torch.tensor(1), 1): assert learn.get_heatmaps(f, cls=cls).cls.tolist()==[[1]]
 
 
 @pytest.mark.parametrize('arch,layer', [(models.vgg11, None), (models.alexnet, None), (models.squeezenet1_1, None), (models.densenet121, 'features.denseblock3'),
@@ -230,6 +325,7 @@ def test_plain_models_and_inner_layers(arch, layer):
     model,x = arch(weights=None, num_classes=4).eval(),torch.randn(2, 3, 96, 112)
     maps,preds = model_heatmaps(model, x, cls=2, layer=layer, relu=False)
     m,kept = find_layers(model, layer, x)[0],{}
+    assert not isinstance(m, nn.AdaptiveAvgPool2d)
     def keep(m, i, o):
         kept['acts'] = o.clone()
         o.retain_grad()

@@ -1,6 +1,8 @@
 "Whatever is called, and however it ends, the model and the Learner are what they were."
-import threading, pytest
+import threading, weakref, pytest
+from fastcore.test import test_eq as equal
 from conftest import *
+from fastai_heatmaps.hooks import eval_mode
 
 
 def state(model, learn=None):
@@ -10,7 +12,7 @@ def state(model, learn=None):
                grads=[None if p.grad is None else p.grad.clone() for p in model.parameters()], graphs=[p.grad_fn for p in model.parameters()],
                hooks=[(dict(m._forward_hooks), dict(m._forward_pre_hooks), dict(m._backward_hooks)) for m in model.modules()],
                modules=[(id(m), type(m), getattr(m, 'inplace', None)) for m in model.modules()],
-               modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu')), figures=None)
+               modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu')))
     if learn is not None:
         res['learner'] = {k:v for k,v in vars(learn).items()}
         res['cbs'] = [(id(cb), dict(vars(cb))) for cb in learn.cbs]
@@ -47,7 +49,7 @@ class Bomb(nn.Module):
     def forward(self, x): raise self.what
 
 
-@pytest.mark.parametrize('method', list(cam_methods))
+@pytest.mark.parametrize('method', list(heatmap_methods))
 @pytest.mark.parametrize('how', ways)
 def test_model_after_success(how, method):
     model = prepare(create_vision_model(resnet18, 3, pretrained=False), how)
@@ -82,7 +84,6 @@ def test_model_after_bad_arguments(kwargs):
 @pytest.mark.parametrize('how', ways)
 def test_learner_after_success(learn, pics, how):
     prepare(learn.model, how)
-    with learn.no_bar(), learn.no_logging(): pass
     files = get_image_files(pics)
     before = state(learn.model, learn)
     learn.get_heatmaps()
@@ -193,6 +194,88 @@ def test_threads_on_one_learner(learn, pics):
     same(before, state(learn.model, learn))
 
 
+class ShowEach(Callback):
+    "What people write to watch a model learn"
+    def __init__(self, img, events): self.img,self.events,self.shown = img,events,0
+    def look(self, event):
+        if event in self.events:
+            self.learn.show_gradcam(self.img)
+            plt.close('all')
+            self.shown += 1
+    def before_fit(self):     self.look('before_fit')
+    def after_epoch(self):    self.look('after_epoch')
+    def after_validate(self): self.look('after_validate')
+    def after_batch(self):    self.look('after_batch')
+
+
+@pytest.mark.parametrize('events,shown', [(['after_epoch'], 2), (['before_fit', 'after_validate'], 3), (['after_batch'], 6)])
+def test_training_goes_on_as_it_would(pics, events, shown):
+    "A heatmap in the middle of a training, from a callback of it, changes neither its random numbers nor anything else"
+    def train(*cbs):
+        learn = pic_learner(pics, batch_tfms=aug_transforms())
+        set_seed(3)
+        with learn.no_logging(): learn.fit(2, 1e-3, cbs=[*cbs, MixUp()])
+        return learn
+    look = ShowEach(get_image_files(pics)[0], events)
+    a,b = train(),train(look)
+    assert look.shown==shown
+    assert [list(o) for o in a.recorder.values]==[list(o) for o in b.recorder.values]
+    for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
+
+
+def test_probabilities_while_mixup_trains(learn, pics):
+    seen = []
+    class Look(Callback):
+        def after_batch(self): seen.append(self.learn.get_heatmaps(get_image_files(pics)[0]).preds.sum().item())
+    with learn.no_logging(): learn.fit(1, cbs=[MixUp(), Look()])
+    assert seen and seen==pytest.approx([1.]*len(seen))
+
+
+def test_random_numbers(learn, pics):
+    f = get_image_files(pics)[0]
+    set_seed(1)
+    want = random.random(),np.random.rand(),torch.rand(2)
+    for call in (lambda: learn.get_heatmaps(), lambda: learn.show_gradcam(f), lambda: learn.plot_heatmap_grid(n=3),
+                 lambda: model_heatmaps(learn.model, torch.zeros(1, 3, 64, 64))):
+        set_seed(1)
+        call()
+        equal((random.random(),np.random.rand(),torch.rand(2)), want)
+
+
+def test_callbacks_state(learn, pics):
+    "A callback that collects things collects nothing of ours"
+    class Feats(Callback):
+        def __init__(self): self.feats,self.events = [],{}
+        def after_pred(self): self.feats.append(1)
+        def before_batch(self): self.events['bb'] = 1
+    learn.add_cbs([Feats(), MixedPrecision(amp_mode='bf16')])
+    learn.get_heatmaps()
+    assert learn.feats.feats==[] and learn.feats.events=={} and learn.mixed_precision.kwargs=={}
+
+
+def test_interrupts():
+    "Ctrl-C at any moment leaves no module in another mode, and the next call works"
+    import signal, time
+    model = prepare(create_vision_model(resnet18, 3, pretrained=False), 'mixed')
+    x,hits = torch.randn(1, 3, 64, 64),0
+    model_heatmaps(model, x)
+    before,rng = state(model),np.random.default_rng(0)
+    def stop(*_): raise KeyboardInterrupt
+    old = signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(40):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(.0005, .03))
+                for _ in range(3): model_heatmaps(model, x, cls=[0,1])
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt: hits += 1
+            same(before, state(model))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert hits>10
+
+
 def test_the_users_picture_is_untouched(learn):
     im = Image.new('RGB', (80, 70))
     kind,pixels = type(im),im.tobytes()
@@ -200,6 +283,57 @@ def test_the_users_picture_is_untouched(learn):
     assert type(im) is kind and im.tobytes()==pixels
 
 
-def test_parameters_have_no_graph_and_nothing_is_kept(learn):
+def test_results_have_no_graph(learn):
     hm = learn.get_heatmaps()
     assert not hm.maps.requires_grad and not hm.preds.requires_grad and hm.maps.dtype==torch.float32
+
+
+def test_two_models_that_share_modules():
+    "Runs on a model and on another one around it may overlap"
+    net = create_vision_model(resnet18, 2, pretrained=False).train()
+    outer = nn.Sequential(net)
+    with eval_mode(outer):
+        with eval_mode(net): pass
+        assert not net.training
+    a,b = eval_mode(net),eval_mode(outer)
+    a.__enter__(); b.__enter__(); a.__exit__(None, None, None)
+    assert not any(m.training for m in net.modules())
+    b.__exit__(None, None, None)
+    assert all(m.training for m in outer.modules())
+
+
+def test_one_pass_without_autograd_in_the_body(learn):
+    "However many classes, the model runs once a batch, and the body never records"
+    grad,heads = [],[]
+    a = learn.model[0].register_forward_pre_hook(lambda m, i: grad.append(torch.is_grad_enabled()))
+    b = learn.model[1].register_forward_pre_hook(lambda m, i: heads.append(torch.is_grad_enabled()))
+    hm = learn.get_heatmaps(cls=[0,1])
+    assert grad==[False]*2 and heads==[True]*2 and hm.maps.shape[:2]==(6,2)
+    grad.clear()
+    model_heatmaps(learn.model, torch.rand(3, 3, 64, 64), cls=[0,1])
+    assert grad==[False]
+    a.remove(); b.remove()
+
+
+def test_activations_are_not_kept_from_batch_to_batch(learn):
+    refs,alive = [],[]
+    class Look(Callback):
+        def before_batch(self): alive.append(sum(r() is not None for r in refs))
+    h = learn.model[0].register_forward_hook(lambda m, i, o: refs.append(weakref.ref(o)))
+    learn.dls.valid = learn.dls.valid.new(bs=1)
+    learn.add_cb(Look())
+    learn.get_heatmaps()
+    h.remove()
+    assert len(refs)==6 and alive==[0]*6
+
+
+def test_callbacks_that_change_the_prediction_come_first(learn):
+    "What is explained is what get_preds would give"
+    class Swap(Callback):
+        order = 99
+        def after_pred(self): self.learn.pred = self.pred.flip(1)
+    want = learn.get_heatmaps(cls=0, relu=False)
+    learn.add_cb(Swap())
+    got = learn.get_heatmaps(cls=1, relu=False)
+    torch.testing.assert_close(got.maps, want.maps)
+    torch.testing.assert_close(got.preds, want.preds.flip(1))

@@ -1,10 +1,8 @@
 "The same maps as pytorch-grad-cam and captum, where those are right, on real architectures."
-import pytest
-from conftest import *
-
-pgc = pytest.importorskip('pytorch_grad_cam')
-captum = pytest.importorskip('captum.attr')
+import captum.attr as captum
+import pytest, pytorch_grad_cam as pgc
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from conftest import *
 
 
 @pytest.fixture(scope='module', params=['efficientnet_lite0', 'resnet18', 'densenet121'])
@@ -50,22 +48,9 @@ def test_captum_hirescam(case):
 
 
 def test_inner_layer_before_an_inplace_relu():
-    "captum is right here, and pytorch-grad-cam is not: it mixes the activations after the ReLU with the gradients before it"
+    "captum is right here; pytorch-grad-cam 1.5.7 mixes the activations after the ReLU with the gradients before it, and is not asked"
     set_seed(3)
     model = create_vision_model(resnet18, 5, pretrained=False).eval()
     xb,layer = torch.randn(2, 3, 96, 96),model[0][6][0].bn1
     want = captum.LayerGradCam(model, layer).attribute(xb, target=[1,4])
     for m,p in zip(model_heatmaps(model, xb, cls=tensor([1,4]), layer='0.6.0.bn1', relu=False)[0], want): close(m, p)
-    wrong = peer_map(pgc.GradCAM, model, layer, xb, [1,4])
-    assert not torch.allclose(wrong/wrong.abs().max(), want[:,0]/want.abs().max(), atol=.01)
-
-
-def test_eigencam_differs_from_the_peer_that_centres(case):
-    "pytorch-grad-cam subtracts the mean before the SVD, which the paper (arXiv 2008.00299) does not; without that it agrees"
-    model,layer,xb,targs = case
-    acts = layer(xb).detach()
-    maps,_ = model_heatmaps(model, xb, method='eigencam')
-    for a,m in zip(acts, maps[:,0]):
-        O = a.flatten(1).T.numpy()
-        want = torch.as_tensor(O@np.linalg.svd(O, full_matrices=True)[2][0]).view_as(m)
-        close(m, want*(want*m).sum().sign())

@@ -82,12 +82,18 @@ def test_one_scale_across_a_grid(learn):
 
 def test_titles(learn):
     hm = learn.get_heatmaps(cls='Red')
-    for i in range(len(hm)):
-        lines,color = hm.title(i)
-        assert lines[0]==f'Red {hm.preds[i,1]:.2f}' and lines[1]==f'truth: {learn.dls.vocab[hm.targs[i]]}'
-        assert color==('green' if hm.preds[i].argmax()==hm.targs[i] else 'red')
+    hm.preds,hm.targs = tensor([[.2,.8],[.2,.8],[.9,.1]]),tensor([1,0,1])
+    assert hm.title(0)==(['Red 0.80\xa0✓', 'truth: Red'], 'green')
+    assert hm.title(1)==(['Red 0.80\xa0✗', 'truth: Blue_ish'], 'red')
+    assert hm.title(2)==(['Red 0.10', 'predicted: Blue_ish 0.90\xa0✗', 'truth: Red'], 'red')
+    assert hm.title(2, truth=False)==(['Red 0.10', 'predicted: Blue_ish 0.90\xa0✗'], 'red')
     assert hm.show(0).get_title().splitlines()==hm.title(0)[0]
-    assert Heatmaps(hm.maps, hm.cls, hm.preds).title(0)==(['1 %.2f' % hm.preds[0,1]], 'black')
+    assert Heatmaps(hm.maps, hm.cls, hm.preds).title(0)==(['1 0.80'], 'black')
+    hm.maps = hm.maps*0
+    assert 'no evidence' in hm.title(0)[0][-1]
+    hm.maps[0] = float('nan')
+    assert 'not finite' in hm.title(0)[0][-1]
+    hm.show(0).figure.canvas.draw()
 
 
 @pytest.mark.parametrize('n,k', [(1,1), (3,1), (5,2), (8,1)])
@@ -95,7 +101,7 @@ def test_no_title_is_cut(pics, n, k):
     "Every title, however long, lies inside the figure and does not reach its neighbour"
     learn = pic_learner(pics, bs=8)
     hm = learn.get_heatmaps(list(get_image_files(pics))[:n], cls=['Red','Blue_ish'][:k])
-    hm.vocab = ['a very long name of a breed, such as the American Staffordshire terrier', 'Red']
+    hm.vocab = ['a very long name of a breed, such as the American $taffordshire $terrier \\frac', 'Red']
     hm.targs = tensor([i%2 for i in range(n)])
     for axs in (hm.plot(), np.atleast_1d(hm.show(0))):
         fig = axs.flat[0].figure
@@ -121,17 +127,23 @@ def test_what_is_drawn_on_is_returned(learn, pics):
 
 
 def test_grid_layout(learn):
-    assert learn.plot_heatmap_grid(n=4, seed=25).shape==(2,4) # the seed article's grid: four photos, each beside its heatmap
+    assert learn.plot_heatmap_grid(n=4, seed=25).shape==(2,4) # four photos, each beside its heatmap
     assert learn.plot_heatmap_grid(n=2, topk=2).shape==(2,3)
     assert learn.plot_heatmap_grid(n=3, ncols=1).shape==(3,2)
     assert learn.plot_heatmap_grid(n=99).shape==(3,4)
+    assert learn.plot_heatmap_grid(learn.dls.valid_ds.items[0]).shape==(1,2)
+    hm = learn.get_heatmaps()[0]
+    hm.maps,hm.cls = hm.maps.expand(-1, 10, -1, -1),hm.cls.expand(-1, 10)
+    axs = hm.show()
+    assert len(axs)==10 and axs[0].figure.get_figwidth()<=12.1 # rows of four
 
 
 def test_a_seed_chooses_the_same_photos(learn):
     def titles(seed): return [ax.get_title() for ax in learn.plot_heatmap_grid(n=4, seed=seed).flat]
     assert titles(3)==titles(3) and any(titles(3)!=titles(s) for s in range(4, 9))
-    state = random.getstate()
-    learn.plot_heatmap_grid(n=2, seed=1)
+
+
+def test_a_picture_of_itself(learn):
     hm = learn.get_heatmaps()
     png = hm._repr_png_()
     assert Image.open(io.BytesIO(png)).size[0]>500

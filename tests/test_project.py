@@ -1,10 +1,11 @@
 "What is written twice agrees, the package is what the notebooks export, and the notebooks run."
-import json, re, shutil, subprocess, sys, tomllib
+import json, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from nbdev.config import get_config
 
 root = Path(__file__).parents[1]
 nbs = sorted((root/'nbs').glob('*.ipynb'))
@@ -29,8 +30,7 @@ def contents(path, pattern): return {p.name: p.read_text('utf-8') for p in path.
 
 
 def test_metadata():
-    pyproject = tomllib.loads((root/'pyproject.toml').read_text('utf-8'))
-    assert pyproject['project']['name']==cfg['lib_name']
+    assert get_config(root).lib_name==cfg['lib_name']==get_config(root).lib_path.name
     d = distribution(cfg['lib_name'])
     assert d.version==cfg['version'], 'install again: pip install -e .'
     assert [f'{o.name} = {o.value}' for o in d.entry_points if o.group=='console_scripts']==rows('console_scripts')

@@ -66,7 +66,7 @@ def test_command_line(command, tmp_path):
 def test_without_the_extra(monkeypatch):
     "A missing package is named, with how to get it"
     monkeypatch.setitem(sys.modules, 'skimage.data', None)
-    with pytest.raises(ImportError, match=r"skimage.data: pip install 'fastai_heatmaps\[demo\]'"): demo_image('cat')
+    with pytest.raises(ImportError, match=r'skimage.data: pip install "fastai_heatmaps\[demo\]"'): demo_image('cat')
 
 
 def test_import_pulls_in_nothing_optional():
