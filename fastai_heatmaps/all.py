@@ -1,8 +1,7 @@
+"What users call: the rest of each module is there by its own name. Importing it gives every Learner its methods."
 from fastai.vision.all import *
-from .hooks import *
-from .layers import *
-from .targets import *
-from .cam import *
-from .heatmaps import *
-from .learner import *
-from .samples import *
+from .layers import layer_shapes
+from .cam import heatmap_methods, heatmap_method, model_heatmaps
+from .heatmaps import Heatmaps, show_overlay
+from .learner import ImageError, open_image
+from .samples import demo_labels, demo_image, demo_learner

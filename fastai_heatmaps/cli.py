@@ -18,10 +18,11 @@ def demo(
     "Draws activations and Grad-CAM of a pretrained model on photos of scikit-image. Needs the extra `demo`"
     import matplotlib
     matplotlib.use('Agg')
-    from fastai_heatmaps.all import demo_learner, demo_image, demo_labels, plt
+    from fastai_heatmaps.all import demo_learner, demo_image, demo_labels, plt, ProgressCallback
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     learn,both,done = demo_learner(),demo_image('cat_coffee'),[]
+    learn.remove_cb(ProgressCallback)
     def draw(name, text, axs):
         plt.gcf().savefig(out/f'{name}.png', dpi=110)
         plt.close('all')

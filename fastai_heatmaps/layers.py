@@ -7,8 +7,8 @@ __all__ = ['layer_shapes', 'map_shapes', 'no_map', 'default_layer', 'get_layer',
 
 # %% ../nbs/01_layers.ipynb #87148aea
 from fastai.basics import *
-from .hooks import quiet, _lock
-from fastai.callback.hook import Hooks
+from .hooks import quiet
+from torch.nn.modules.module import register_module_forward_hook
 from difflib import get_close_matches
 import threading
 
@@ -20,14 +20,10 @@ def layer_shapes(
     "The layers of `model` that put out one tensor, with its shape, in the order in which they finish"
     names,thread,res = {m:n for n,m in model.named_modules() if n},threading.get_ident(),{}
     def record(m, i, o):
-        if threading.get_ident()==thread and isinstance(o, Tensor):
+        if threading.get_ident()==thread and m in names and isinstance(o, Tensor):
             res.pop(names[m], None)
             res[names[m]] = tuple(o.shape)
-    with _lock: hooks = Hooks(names, record, detach=False)
-    try:
-        with quiet(model): model(*xb)
-    finally:
-        with _lock: hooks.remove()
+    with quiet(model), register_module_forward_hook(record): model(*xb)
     return res
 
 # %% ../nbs/01_layers.ipynb #156c4d43
@@ -35,10 +31,11 @@ def map_shapes(
     shapes:dict, # As from `layer_shapes`
     x:Tensor # The input, of shape (n, C, H, W)
 ) -> dict: # Those of `shapes` that are maps of `x`
-    "The layers whose output is a map: (n, C, h, w), larger than 1×1, in the proportions of `x` give or take a cell at each side"
+    "The layers whose output is a map: (n, C, h, w), larger than 1×1, and no more than half as wide or high again as `x` has it, give or take a cell at each side"
     if x.ndim!=4: return {}
     H,W = x.shape[-2:]
-    return {n:s for n,s in shapes.items() if len(s)==4 and s[2]*s[3]>1 and abs(s[2]*W-s[3]*H)<=2*max(H,W)}
+    def fits(h, w): return abs(h*W-w*H)<=2*max(H,W) or 2/3<h*W/(w*H)<3/2
+    return {n:s for n,s in shapes.items() if len(s)==4 and s[2]*s[3]>1 and fits(*s[2:])}
 
 # %% ../nbs/01_layers.ipynb #ee5c5ffb
 def no_map(
@@ -48,23 +45,29 @@ def no_map(
 ) -> ValueError: # To be raised
     "The error for `what` having no map: names the layers of `model` that have one, the last ones first"
     maps = [f"'{n}' ({s[2]}×{s[3]})" for n,s in reversed(map_shapes(layer_shapes(model, *xb), xb[0]).items())]
-    if not maps: return ValueError(f"{what}: no layer of this {type(model).__name__} puts out a map (n, C, h, w) of its input; heatmaps need a convolutional body")
+    if not maps: return ValueError(f"{what}: no layer of this {type(model).__name__} puts out a map (n, C, h, w) of its input; heatmaps need an image model with a convolutional body")
     return ValueError(f"{what}: choose a layer that puts out a map (n, C, h, w), such as {', '.join(maps[:6])}{' ...' if len(maps)>6 else ''}")
 
 # %% ../nbs/01_layers.ipynb #58240582
-def _has_conv(m): return any(isinstance(o, nn.modules.conv._ConvNd) for o in m.modules())
+_pools = nn.modules.pooling._AdaptiveAvgPoolNd,nn.modules.pooling._AdaptiveMaxPoolNd
+_convs = nn.modules.conv._ConvNd
+def _has(m, types): return any(isinstance(o, types) for o in m.modules())
 
 # %% ../nbs/01_layers.ipynb #dda5408a
 def default_layer(
     model:nn.Module, # Any model
     *xb:Tensor # Its inputs
 ) -> nn.Module:
-    "The body of a `Sequential(body, head)`; of any other model the last layer with a map, found by running it on the first image. Raises ValueError if none has one"
-    if isinstance(model, nn.Sequential) and len(model)==2 and _has_conv(model[0]): return model[0]
+    "The body of a `Sequential(body, head)`; of any other model the last layer with a map, found by running it on the first image. Raises ValueError if there is none"
+    if isinstance(model, nn.Sequential) and len(model)==2 and _has(model[0], _convs) and not _has(model[0], nn.Linear) and not _has(model[1], _convs): return model[0]
     xb = [x[:1] for x in xb]
-    maps = map_shapes(layer_shapes(model, *xb), xb[0])
-    if not maps: raise no_map('no default layer', model, *xb)
-    return model.get_submodule(last(maps))
+    shapes = layer_shapes(model, *xb)
+    maps = [n for n in map_shapes(shapes, xb[0]) if not isinstance(model.get_submodule(n), _pools)]
+    if not maps: raise no_map('there is no default layer', model, *xb)
+    after = list(shapes)[list(shapes).index(maps[-1])+1:]
+    if any(np.prod(shapes[n][2:])>1 and n not in map_shapes(shapes, xb[0]) for n in after):
+        raise ValueError(f"this {type(model).__name__} works on tokens after its last map, as transformers do, so there is no default layer: heatmaps need a convolutional body")
+    return model.get_submodule(maps[-1])
 
 # %% ../nbs/01_layers.ipynb #0d50c41d
 def get_layer(
@@ -74,10 +77,10 @@ def get_layer(
     "`layer` as a module of `model`. Raises ValueError, with the closest names, if it is none"
     names = dict(model.named_modules())
     if isinstance(layer, nn.Module):
-        if layer in names.values(): return layer
+        if layer in names.values() and layer is not model: return layer
         raise ValueError(f"this {type(layer).__name__} is not a layer of the model: pass one of its modules, or a name from model.named_modules()")
-    if layer and layer in names: return names[layer]
-    close = get_close_matches(str(layer), names, cutoff=0) or list(names)[1:4]
+    if isinstance(layer, str) and layer and layer in names: return names[layer]
+    close = get_close_matches(str(layer), list(names)[1:], cutoff=0)
     raise ValueError(f"the model has no layer {layer!r}; the closest names are {', '.join(map(repr, close))}")
 
 # %% ../nbs/01_layers.ipynb #abada10e
@@ -88,5 +91,6 @@ def find_layers(
 ) -> list: # of modules
     "The layers to look at, as modules"
     if layer is None: return [default_layer(model, *xb)]
-    if is_listy(layer) and not len(layer): raise ValueError("the list of layers is empty: name at least one, or leave `layer` out")
-    return [get_layer(model, o) for o in (layer if is_listy(layer) else [layer])]
+    layers = [layer] if isinstance(layer, (str, nn.Module)) or not is_iter(layer) else list(layer)
+    if not layers: raise ValueError("the list of layers is empty: name at least one, or leave `layer` out")
+    return [get_layer(model, o) for o in layers]

@@ -14,10 +14,10 @@ import torchvision
 def _need(module):
     "The module, or an ImportError that says how to get it"
     try: return import_module(module)
-    except ImportError as e: raise ImportError(f"the demo needs {module}: pip install 'fastai_heatmaps[demo]'") from e
+    except ImportError as e: raise ImportError(f"the demo needs {module}: pip install \"fastai_heatmaps[demo]\"") from e
 
 # %% ../nbs/11_samples.ipynb #2ea2e648
-demo_labels = dict(cat='tabby', coffee='espresso', rocket='missile') # photo -> its class
+demo_labels = dict(cat='tabby', coffee='espresso', rocket='missile') # photo -> its class, or the nearest of the 1000
 
 # %% ../nbs/11_samples.ipynb #2225a5b6
 def demo_image(
