@@ -31,7 +31,8 @@ def demo(
     for o in demo_labels: draw(f'activations-{o}', f'where the body fires on the {o}, whatever the class', learn.show_activations(demo_image(o)))
     for o in demo_labels: draw(f'gradcam-{o}', f'Grad-CAM for the class that the model sees in the {o}', learn.show_gradcam(demo_image(o)))
     draw('two-classes', 'two objects in one picture: Grad-CAM for each', learn.show_gradcam(both, cls=['tabby', 'espresso']))
-    draw('for-and-against', 'the same without ReLU: evidence for the class in red, against it in blue', learn.show_gradcam(both, cls=['tabby', 'espresso'], relu=False))
+    draw('for-and-against', 'without ReLU: what speaks for a missile, in red, speaks against an espresso, in blue',
+         learn.show_gradcam(demo_image('rocket'), cls=['missile', 'espresso'], relu=False))
     draw('grid', 'the validation set, each photo beside its heatmap; green where the model is right', learn.plot_heatmap_grid())
     figures = '\n'.join(f'<figure><img src="{n}.png" alt="{escape(t)}"><figcaption>{escape(t)}</figcaption></figure>' for n,t in done)
     page = out/'index.html'
