@@ -158,9 +158,9 @@ def check_maps(
         a = h.stored
         shape = tuple(a.shape) if isinstance(a, Tensor) else f'a {type(a).__name__}'
         if map_shapes({'':shape}, xb[0]) and len(a)==len(xb[0]): continue
-        name = next(n for n,m in model.named_modules() if h.hook.id in m._forward_hooks)
+        name = next(n for n,m in model.named_modules() if m is h.m)
         if a is None: raise ValueError(f"layer '{name}' did not run in the forward pass: choose one that does")
-        if shape[2:]!=(1,1) or len(a)!=len(xb[0]): raise no_map(f"layer '{name}' puts out {shape}", model, *[x[:1] for x in xb])
+        if shape[2:]!=(1,1) or len(a)!=len(xb[0]): raise no_map(f"layer '{name}' puts out {shape}", model, *xb)
         warn(f"the map of layer '{name}' is 1×1, which shows nothing: choose an earlier layer or larger images")
 
 # %% ../nbs/03_cam.ipynb #561e33aa

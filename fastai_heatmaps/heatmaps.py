@@ -15,13 +15,14 @@ import io,textwrap
 
 # %% ../nbs/06_heatmaps.ipynb #94989353
 def color_scale(
-    maps # Tensors: the maps that share a scale
+    maps, # Tensors: the maps that share a scale
+    signed=None # May values be negative, also if none of these is? None = if one of these is
 ) -> dict: # `cmap`, `vmin`, `vmax`, for `imshow`
     "From 0 to the maximum; or, where evidence against a class is negative, red for and blue against it, with 0 in the middle"
     maps = [torch.nan_to_num(m, 0, 0, 0) for m in maps]
     lo,hi = min(float(m.min()) for m in maps),max(float(m.max()) for m in maps)
-    if lo<0: return dict(cmap='RdBu_r', vmin=-max(-lo, hi), vmax=max(-lo, hi))
-    return dict(cmap='magma', vmin=0., vmax=hi or 1.)
+    top = max(-lo, hi) or 1.
+    return dict(cmap='RdBu_r', vmin=-top, vmax=top) if ifnone(signed, lo<0) else dict(cmap='magma', vmin=0., vmax=top)
 
 # %% ../nbs/06_heatmaps.ipynb #e289080b
 def wrap_title(
@@ -128,19 +129,18 @@ def title(self:Heatmaps,
 
 # %% ../nbs/06_heatmaps.ipynb #82fb9380
 @contextmanager
-def _closed_on_error(fig): # a figure that is half drawn helps nobody
+def _closed_on_error(fig): # a figure of ours that is half drawn helps nobody; None is no figure of ours
     try: yield
     except BaseException:
-        plt.close(fig)
+        if fig is not None: plt.close(fig)
         raise
 
 # %% ../nbs/06_heatmaps.ipynb #d379f06f
 @patch
 def _draw(self:Heatmaps, i, img, axs, alpha=0.6, cmap=None, interpolation='bilinear', truth=True, same_scale=False):
-    signed = any((m<0).any() for m in self.maps)
+    common = color_scale(self.maps) # its sign is that of every panel, its ends are with `same_scale`
     for j,ax in enumerate(axs):
-        scale = color_scale(self.maps if same_scale else [self.maps[i][j]])
-        if signed and scale['vmin']==0: scale = dict(cmap='RdBu_r', vmin=-scale['vmax'], vmax=scale['vmax'])
+        scale = common if same_scale else color_scale([self.maps[i][j]], common['vmin']<0)
         show_overlay(img, self.maps[i][j], ax, alpha, cmap or scale['cmap'], interpolation, vmin=scale['vmin'], vmax=scale['vmax'])
         wrap_title(ax, *self.title(i, j, truth))
 
@@ -156,17 +156,17 @@ def show(self:Heatmaps,
     same_scale=False # One colour scale for all the maps of these `Heatmaps`?
 ): # The Axes, or an array of them for several classes
     "Draws the maps of image `i` over it, each titled with its class and probability"
-    img,k = self.image(i),self.cls.shape[1]
+    img,k,fig = self.image(i),self.cls.shape[1],None
     if ctx is None:
         h,w = img.shape[-2:]
         rows,cols = math.ceil(k/4),min(k, 4)
         width = min(max(4*w/h, 1.5), 12/cols) # inches a panel: readable, and no wider than a notebook
         fig,axs = plt.subplots(rows, cols, figsize=figsize or (cols*width, rows*(width*h/w+.5)), layout='compressed', squeeze=False)
         for ax in axs.flat[k:]: ax.axis('off')
-        with _closed_on_error(fig): return self.show(i, axs.flat[:k], alpha, cmap, interpolation, same_scale=same_scale)
+        ctx = axs.flat[:k]
     axs = np.atleast_1d(ctx).ravel()
     if len(axs)!=k: raise ValueError(f"{k} classes need {k} Axes, not {len(axs)}: pass a list of them as ctx, or none")
-    self._draw(i, img, axs, alpha, cmap, interpolation, same_scale=same_scale)
+    with _closed_on_error(fig): self._draw(i, img, axs, alpha, cmap, interpolation, same_scale=same_scale)
     return axs if k>1 else axs[0]
 
 # %% ../nbs/06_heatmaps.ipynb #13bb7a68

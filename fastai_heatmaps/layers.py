@@ -15,15 +15,15 @@ import threading
 # %% ../nbs/01_layers.ipynb #58cb824c
 def layer_shapes(
     model:nn.Module, # Any model
-    *xb:Tensor # Its inputs; one image is enough
+    *xb:Tensor # Its inputs, of which the first image is used
 ) -> dict: # A layer's name -> the shape of its output
-    "The layers of `model` that put out one tensor, with its shape, in the order in which they finish"
+    "The layers of `model` that put out one tensor, with its shape for one image, in the order in which they finish"
     names,thread,res = {m:n for n,m in model.named_modules() if n},threading.get_ident(),{}
     def record(m, i, o):
         if threading.get_ident()==thread and m in names and isinstance(o, Tensor):
             res.pop(names[m], None)
             res[names[m]] = tuple(o.shape)
-    with quiet(model), register_module_forward_hook(record): model(*xb)
+    with quiet(model), register_module_forward_hook(record): model(*[x[:1] for x in xb])
     return res
 
 # %% ../nbs/01_layers.ipynb #156c4d43
@@ -60,14 +60,14 @@ def default_layer(
 ) -> nn.Module:
     "The body of a `Sequential(body, head)`; of any other model the last layer with a map, found by running it on the first image. Raises ValueError if there is none"
     if isinstance(model, nn.Sequential) and len(model)==2 and _has(model[0], _convs) and not _has(model[0], nn.Linear) and not _has(model[1], _convs): return model[0]
-    xb = [x[:1] for x in xb]
     shapes = layer_shapes(model, *xb)
-    maps = [n for n in map_shapes(shapes, xb[0]) if not isinstance(model.get_submodule(n), _pools)]
-    if not maps: raise no_map('there is no default layer', model, *xb)
-    after = list(shapes)[list(shapes).index(maps[-1])+1:]
-    if any(np.prod(shapes[n][2:])>1 and n not in map_shapes(shapes, xb[0]) for n in after):
+    maps = map_shapes(shapes, xb[0])
+    layers = [n for n in maps if not isinstance(model.get_submodule(n), _pools)]
+    if not layers: raise no_map('there is no default layer', model, *xb)
+    after = list(shapes)[list(shapes).index(layers[-1])+1:]
+    if any(np.prod(shapes[n][2:])>1 and n not in maps for n in after):
         raise ValueError(f"this {type(model).__name__} works on tokens after its last map, as transformers do, so there is no default layer: heatmaps need a convolutional body")
-    return model.get_submodule(maps[-1])
+    return model.get_submodule(layers[-1])
 
 # %% ../nbs/01_layers.ipynb #0d50c41d
 def get_layer(

@@ -165,7 +165,7 @@ def ordered_dl(
     if isinstance(dl, DataLoaders) or not hasattr(dl, 'dataset'): raise ValueError(f"dl is a {type(dl).__name__}; expected a DataLoader, such as learn.dls.valid or learn.dls.test_dl(files)")
     if hasattr(dl, 'new'):
         dl = dl.new(shuffle=False, drop_last=False, n=dl.n, bs=bs or dl.bs)
-        dl = dl.new(n=dl.n, get_idxs=_ConstantFunc(list(dl.get_idxs()))) # asked once, in case it is at random
+        dl.get_idxs = _ConstantFunc(list(dl.get_idxs())) # asked once, in case it is at random
     elif not isinstance(getattr(dl, 'sampler', None), torch.utils.data.SequentialSampler):
         raise ValueError("this DataLoader does not go through its dataset in order: pass one with shuffle=False")
     if not len(dl): raise ValueError("there are no images: this Learner was exported, or its set is empty; pass some as `items`")

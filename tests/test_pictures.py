@@ -126,6 +126,16 @@ def test_what_is_drawn_on_is_returned(learn, pics):
     assert len(learn.show_gradcam(f, topk=2))==2
 
 
+def test_each_image_is_read_once(learn):
+    hm,read = learn.get_heatmaps(cls=[0,1])[:2],[]
+    image = hm.image
+    hm.image = lambda i: read.append(i) or image(i)
+    hm.show(1)
+    assert read==[1]
+    hm.plot()
+    assert read==[1, 0, 1]
+
+
 def test_grid_layout(learn):
     assert learn.plot_heatmap_grid(n=4, seed=25).shape==(2,4) # four photos, each beside its heatmap
     assert learn.plot_heatmap_grid(n=2, topk=2).shape==(2,3)
