@@ -1,7 +1,9 @@
 "What users call: the rest of each module is there by its own name. Importing it gives every Learner its methods."
 from fastai.vision.all import *
 from .layers import layer_shapes
+from .targets import in_mask
 from .cam import heatmap_methods, heatmap_method, model_heatmaps
+from .pixels import relu_rule
 from .heatmaps import Heatmaps, show_overlay
 from .learner import ImageError, open_image
 from .samples import demo_labels, demo_image, demo_learner

@@ -18,11 +18,13 @@ def color_scale(
     maps, # Tensors: the maps that share a scale
     signed=None # May values be negative, also if none of these is? None = if one of these is
 ) -> dict: # `cmap`, `vmin`, `vmax`, for `imshow`
-    "From 0 to the maximum; or, where evidence against a class is negative, red for and blue against it, with 0 in the middle"
+    "From 0 to the maximum, or in large maps to what 99.5 % of the values do not exceed; where evidence against a class is negative, red for and blue against it, with 0 in the middle"
     maps = [torch.nan_to_num(m, 0, 0, 0) for m in maps]
-    lo,hi = min(float(m.min()) for m in maps),max(float(m.max()) for m in maps)
-    top = max(-lo, hi) or 1.
-    return dict(cmap='RdBu_r', vmin=-top, vmax=top) if ifnone(signed, lo<0) else dict(cmap='magma', vmin=0., vmax=top)
+    def top(m):
+        m = m.abs()
+        return float(m.max()) if m.shape[-2:].numel()<4096 else float(np.quantile(m.numpy(), .995)) or float(m.max())
+    t = max(map(top, maps)) or 1.
+    return dict(cmap='RdBu_r', vmin=-t, vmax=t) if ifnone(signed, any(m.min()<0 for m in maps)) else dict(cmap='magma', vmin=0., vmax=t)
 
 # %% ../nbs/06_heatmaps.ipynb #e289080b
 def wrap_title(
@@ -66,11 +68,16 @@ class Heatmaps:
         maps, # (n, k, h, w), float32, not normalised; a list of n tensors (k, h, w) where the images differ in size
         cls:Tensor, # (n, k): the classes that are explained, as indices
         preds:Tensor, # (n, c): what `get_preds` gives, the probability of each class where the loss function has an activation
-        targs:Tensor=None, # (n,): the true classes, where they are known
+        targs:Tensor=None, # (n,): the true classes, where they are known; (n, c) if there are several, or numbers
         vocab=None, # The names of the c classes, where they are known
         dl=None, # The DataLoader that the images came from, with the validation transforms
-        idxs:list=None # (n,): their places in `dl.dataset`
-    ): store_attr()
+        idxs:list=None, # (n,): their places in `dl.dataset`
+        task:str='class', # What the c numbers are: 'class' = of one class, 'classes' = of any number of them, 'numbers' = of a regression, 'pixels' = shares of the pixels
+        info:dict=None, # What the method reports, name -> (n, k), such as the completeness of integrated gradients
+        thresh:float=.5 # Above which probability one of several classes is predicted
+    ):
+        store_attr()
+        self.info = info or {}
 
     def __len__(self): return len(self.maps)
     def __repr__(self):
@@ -80,7 +87,7 @@ class Heatmaps:
     def __getitem__(self, i):
         "The heatmaps of one image (an index) or several (a slice, a list of indices, a mask), as `Heatmaps`"
         n = np.atleast_1d(np.arange(len(self))[to_np(i) if isinstance(i, Tensor) else i]).tolist()
-        return Heatmaps(*[_pick(o, n) for o in (self.maps, self.cls, self.preds, self.targs)], self.vocab, self.dl, _pick(self.idxs, n))
+        return Heatmaps(*[_pick(o, n) for o in (self.maps, self.cls, self.preds, self.targs)], self.vocab, self.dl, _pick(self.idxs, n), self.task, {k:v[n] for k,v in self.info.items()}, self.thresh)
 
     @property
     def items(self):
@@ -106,25 +113,42 @@ class Heatmaps:
 
 # %% ../nbs/06_heatmaps.ipynb #99c8e07d
 @patch
+def truth(self:Heatmaps, i):
+    "What is known to be true of image `i`, as text"
+    t = self.targs[i]
+    if self.task=='class':   return self.name(int(t))
+    if self.task=='classes': return ', '.join(self.name(k) for k in t.nonzero().flatten().tolist()) or 'none'
+    return ', '.join(f'{float(o):.3g}' for o in t.reshape(-1)[:4]) + (' ...' if t.numel()>4 else '')
+
+# %% ../nbs/06_heatmaps.ipynb #458366d2
+@patch
 def title(self:Heatmaps,
     i:int, # Which image
     j:int=0, # Which of the classes explained
     truth=True # Name the true class too, where it is known?
 ) -> tuple: # Lines and a colour
-    "The class explained, the predicted one if no panel explains it, and the true one. The prediction has a ✓ and is green if it is true, a ✗ and red if not"
-    p,c,pred = self.preds[i],int(self.cls[i,j]),int(self.preds[i].argmax())
-    def line(k): return self.name(k) + (f' {p[k]:.2f}' if 0<=p.min() and p.max()<=1 else '') # a raw output is no probability
-    lines,color = [line(c)],'black'
-    if self.targs is not None:
-        t = int(self.targs[i])
+    "The class explained, the predicted one if no panel explains it, and the true one. A prediction has a ✓ and is green if it is true, a ✗ and red if not"
+    p,c,lines,color = self.preds[i],int(self.cls[i,j]),[],'black'
+    t = None if self.targs is None else self.targs[i]
+    def line(k):
+        if self.task=='numbers': return f'{self.name(k)}: {p[k]:.3g}'
+        if self.task=='pixels':  return f'{self.name(k)} {p[k]:.0%} of the pixels'
+        return self.name(k) + (f' {p[k]:.2f}' if 0<=p.min() and p.max()<=1 else '') # a raw output is no probability
+    def judged(k, right):
+        nonlocal color
+        lines[-1] += '\xa0✓' if right else '\xa0✗'
+        color = 'green' if right else 'red'
+    lines.append(line(c))
+    if t is not None and self.task=='class':
+        pred = int(p.argmax())
         if pred not in self.cls[i]: lines.append(f'predicted: {line(pred)}')
-        if c==pred or pred not in self.cls[i]:
-            lines[-1] += '\xa0✓' if pred==t else '\xa0✗'
-            color = 'green' if pred==t else 'red'
-        if truth: lines.append(f'truth: {self.name(t)}')
+        if c==pred or pred not in self.cls[i]: judged(c, pred==int(t))
+    if t is not None and self.task=='classes': judged(c, bool(p[c]>self.thresh)==bool(t[c]))
+    if t is not None and truth: lines.append(f'truth: {self.truth(i)}' if self.task!='numbers' else f'truth: {float(t.reshape(-1)[c]):.3g}')
     m = self.maps[i][j]
     if not m.isfinite().all(): lines.append('(no map: its values are not finite)')
     elif not m.any(): lines.append('(no evidence: the map is flat)')
+    for k,v in self.info.items(): lines.append(f'{k} {v[i,j]:.2f}')
     return lines,color
 
 # %% ../nbs/06_heatmaps.ipynb #82fb9380
@@ -189,7 +213,7 @@ def plot(self:Heatmaps,
         for ax in axs.flat: ax.axis('off')
         for i,(img,group) in enumerate(zip(imgs, axs.reshape(-1, k+1))):
             show_image(img, ctx=group[0], cmap='gray')
-            if self.targs is not None: wrap_title(group[0], [self.name(int(self.targs[i]))])
+            if self.targs is not None: wrap_title(group[0], [self.truth(i)])
             self._draw(i, img, group[1:], truth=False, **kwargs)
     return axs
 

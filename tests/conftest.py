@@ -53,6 +53,25 @@ def learn(pics): return pic_learner(pics)
 def demo(): return demo_learner()
 
 
+quick = {'smooth_gradcam++': dict(n=2), 'smoothgrad': dict(n=2), 'integrated_gradients': dict(steps=3), 'occlusion': dict(window=32, stride=32), 'rise': dict(n=8), 'scorecam': dict(channels=4)}
+
+
+def net_for(method, c=3):
+    "A small model, of the kind that `method` is for, for images of 64×64"
+    if method=='legrad':
+        from timm.models.vision_transformer import VisionTransformer
+        return VisionTransformer(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=c)
+    if method=='cam': return nn.Sequential(create_body(models.resnet18(weights=None)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, c)))
+    return create_vision_model(resnet18, c, pretrained=False)
+
+
+def learner_for(method, pics, **kwargs):
+    "`pic_learner` with a model of the kind that `method` is for"
+    learn = pic_learner(pics, **kwargs)
+    if method in ('legrad', 'cam'): learn.model = net_for(method, 2)
+    return learn
+
+
 def close(a, b, rtol=1e-3):
     "Equal after scaling each to a maximum of 1"
     a,b = [torch.as_tensor(o).detach().as_subclass(Tensor).float() for o in (a,b)]

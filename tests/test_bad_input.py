@@ -36,10 +36,57 @@ def test_class(learn, photo):
 
 
 def test_method(learn, photo):
-    fails(lambda: learn.show_heatmap(photo, method='GradCam++'), "did you mean 'gradcam++'")
-    fails(lambda: learn.show_heatmap(photo, method=3), 'the methods are')
+    for name in ('?', 'GradCam++', 3):
+        with pytest.raises(ValueError) as e: learn.show_heatmap(photo, method=name)
+        first,*table = str(e.value).splitlines()
+        assert f'no method {name!r}' in first and table==repr(heatmap_methods).splitlines() and len(table)==len(heatmap_methods)+1
+    assert "did you mean 'gradcam++'" in str(pytest.raises(ValueError, learn.show_heatmap, photo, method='GradCam++').value)
     fails(lambda: learn.show_heatmap(photo, method=lambda a, g: a.mean()), 'expected a map (n, h, w)')
     fails(lambda: learn.show_heatmap(photo, method=lambda a, g: None), 'expected a map')
+    fails(lambda: heatmap_method('x', needs='everything'), "needs is 'everything'")
+
+
+bad_options = [('finercam', dict(n=0), 'n is 0'), ('finercam', dict(others=['Red','Blue_ish']), 'among them the class'), ('finercam', dict(others='Green'), "no class 'Green'"),
+               ('smooth_gradcam++', dict(n=0), 'n is 0'), ('smoothgrad', dict(n=0), 'n is 0'), ('integrated_gradients', dict(steps=0), 'steps is 0'), ('integrated_gradients', dict(baseline='black'), "fill is 'black'"),
+               ('occlusion', dict(window=0), 'window is 0'), ('occlusion', dict(window='big'), "window is 'big'"), ('occlusion', dict(window=8, stride=9), 'never be covered'), ('occlusion', dict(stride=-1), 'stride is -1'),
+               ('occlusion', dict(fill=[1,2]), 'fill is [1, 2]'), ('rise', dict(n=1), 'n is 1'), ('rise', dict(p=1.), 'p 1.0'), ('rise', dict(cells=0), 'cells 0'), ('scorecam', dict(channels=0), 'channels is 0')]
+
+@pytest.mark.parametrize('method,options,words', bad_options)
+def test_options(learn, photo, method, options, words):
+    fails(lambda: learn.show_heatmap(photo, cls='Red', method=method, **options), words)
+
+
+@pytest.mark.parametrize('method', list(heatmap_methods))
+def test_every_method(pics, photo, method):
+    "What any method says to bad input"
+    learn = learner_for(method, pics)
+    opts = quick.get(method, {})
+    def show(img=photo, **kwargs): return learn.show_heatmap(img, method=method, **{**opts, **kwargs})
+    fails(lambda: show(cls='blue'), "no class 'blue'")
+    fails(lambda: show(cls=[0,0]), 'twice')
+    fails(lambda: show('no_such.jpg'), 'No such file')
+    fails(lambda: show(depth=3), f"the method '{method}' has no option 'depth'")
+    fails(lambda: learn.get_heatmaps([photo]*3, cls=tensor([0,1]), method=method, **opts), '2 indices for 3')
+    fails(lambda: model_heatmaps(learn.model, torch.rand(1, 1, 64, 64), method=method, **opts), *(['1 channels'] if method!='legrad' else ['1 channels']))
+    fails(lambda: model_heatmaps(learn.model, torch.zeros(0, 3, 64, 64), method=method, **opts), 'the batch is empty')
+    fails(lambda: model_heatmaps(learn.model, torch.rand(1, 3, 64, 64), method=method, bs=0, **opts), 'bs is 0')
+    if heatmap_methods[method].needs in ('input', 'model'): fails(lambda: show(layer='0.5'), 'looks at no layer')
+    else: fails(lambda: show(layer='0.77'), "no layer '0.77'")
+
+
+def test_whole_numbers_have_no_gradients():
+    class Scale(nn.Module):
+        def forward(self, x): return x/255
+    net = nn.Sequential(Scale(), create_vision_model(resnet18, 2, pretrained=False))
+    fails(lambda: model_heatmaps(net, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), method='saliency'), 'torch.uint8', 'no gradients')
+
+
+def test_methods_for_other_models(learn, photo):
+    fails(lambda: learn.show_heatmap(photo, method='cam'), 'one linear layer', "use 'gradcam'")
+    fails(lambda: learn.show_heatmap(photo, method='legrad'), 'no attention', "such as 'gradcam'")
+    learn.loss_func = MSELossFlat()
+    fails(lambda: model_heatmaps(create_vision_model(resnet18, 1, pretrained=False), torch.rand(1, 3, 64, 64), method='finercam'), 'one output')
+    with pytest.warns(UserWarning, match='calls no ReLU'): model_heatmaps(net_for('legrad'), torch.rand(1, 3, 64, 64), method='guided_backprop')
 
 
 def test_layer(learn, photo):
@@ -52,24 +99,11 @@ def test_layer(learn, photo):
     fails(lambda: learn.show_gradcam(photo, layer='unused'), "layer 'unused' did not run")
 
 
-def test_transformers():
-    "Tokens are no map; a map before the tokens knows no classes yet"
-    import timm
-    x = torch.rand(1, 3, 224, 224)
-    for arch in ('vit_tiny_patch16_224', 'mixer_s16_224'):
-        net = timm.create_model(arch, pretrained=False, num_classes=3)
-        fails(lambda: model_heatmaps(net, x), 'works on tokens', 'no default layer')
-        fails(lambda: model_heatmaps(net, x, layer='norm'), "layer 'norm' puts out (1, 19")
-    swin = timm.create_model('swin_tiny_patch4_window7_224', pretrained=False, num_classes=3)
-    fails(lambda: model_heatmaps(swin, x), 'works on tokens')
-    fails(lambda: model_heatmaps(swin, x, layer='layers.3'), "layer 'layers.3' puts out (1, 7, 7, 768)")
-
-
 def test_a_layer_that_the_output_does_not_depend_on():
     class Net(nn.Module):
         def __init__(self): super().__init__(); self.a,self.b,self.fc = nn.Conv2d(3, 4, 3),nn.Conv2d(3, 4, 3),nn.Linear(4, 2)
         def forward(self, x): self.b(x); return self.fc(self.a(x).mean((2,3)))
-    fails(lambda: model_heatmaps(Net(), torch.rand(1, 3, 9, 9), layer='b'), 'no way from that layer')
+    fails(lambda: model_heatmaps(Net(), torch.rand(1, 3, 9, 9), layer='b'), 'no way from there')
     assert model_heatmaps(Net(), torch.rand(1, 3, 9, 9), layer='a')[0].shape==(1,1,7,7)
 
 
@@ -159,7 +193,7 @@ def test_channels_of_a_learner(pics, photo):
 
 def test_outputs():
     conv = nn.Conv2d(3, 5, 3)
-    fails(lambda: model_heatmaps(nn.Sequential(conv, nn.ReLU()), torch.rand(2, 3, 9, 9)), '(2, 5, 7, 7)', '(n, c)')
+    fails(lambda: model_heatmaps(nn.Sequential(conv, nn.Flatten(0)), torch.rand(2, 3, 9, 9)), '(490,)', '(n, c)')
     class Pair(nn.Module):
         def __init__(self): super().__init__(); self.conv = conv
         def forward(self, x): return self.conv(x).mean((2,3)),0

@@ -49,13 +49,49 @@ class Bomb(nn.Module):
     def forward(self, x): raise self.what
 
 
+def run(method, model, **kwargs): return model_heatmaps(model, torch.randn(2, 3, 64, 64), cls=[0,2], method=method, **quick.get(method, {}), **kwargs)
+def takes_layer(method): return heatmap_methods[method].needs not in ('input', 'model')
+
+
+@pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize('method', list(heatmap_methods))
 @pytest.mark.parametrize('how', ways)
-def test_model_after_success(how, method):
-    model = prepare(create_vision_model(resnet18, 3, pretrained=False), how)
-    before = state(model)
-    for layer in (None, '0.5', ['0.6', '0.7']): model_heatmaps(model, torch.randn(2, 3, 64, 64), cls=[0,2], method=method, layer=layer)
-    same(before, state(model))
+def test_model_after_success(how, method, autocast):
+    model = prepare(net_for(method), how)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        before = state(model)
+        run(method, model)
+        if takes_layer(method) and method!='cam':
+            for layer in ('0.5', ['0.6', '0.7']): run(method, model, layer=layer)
+        same(before, state(model))
+
+
+class Fuse(nn.Module):
+    "Raises `what` at its `at`-th call"
+    def __init__(self, what, at): super().__init__(); self.what,self.at,self.calls = what,at,0
+    def forward(self, x):
+        self.calls += 1
+        if self.calls==self.at: raise self.what
+        return x
+
+
+@pytest.mark.parametrize('what', [Boom('bang'), KeyboardInterrupt()])
+@pytest.mark.parametrize('method', list(heatmap_methods))
+def test_model_after_an_error_in_any_pass(method, what):
+    "In the first pass, the second, the last one"
+    def net(at):
+        model = net_for(method)
+        fuse = Fuse(what, at)
+        if method=='legrad': model.head_drop = fuse
+        else: model[1].insert(len(model[1])-1, fuse) if isinstance(model[1], nn.Sequential) else None
+        return prepare(model, 'mixed'),fuse
+    model,fuse = net(0)
+    run(method, model)
+    for at in {1, min(2, fuse.calls), fuse.calls}:
+        model,_ = net(at)
+        before = state(model)
+        with pytest.raises(type(what)): run(method, model)
+        same(before, state(model))
 
 
 @pytest.mark.parametrize('what', [Boom('bang'), KeyboardInterrupt()])
@@ -79,6 +115,36 @@ def test_model_after_bad_arguments(kwargs):
     before = state(model)
     with pytest.raises((ValueError, ZeroDivisionError)): model_heatmaps(model, torch.randn(2, 3, 64, 64), **kwargs)
     same(before, state(model))
+
+
+@pytest.mark.parametrize('method', list(heatmap_methods))
+def test_learner_after_any_method(pics, method):
+    "Success, an error inside, and bad arguments; the random numbers and the caller's mode too"
+    learn,f = learner_for(method, pics),get_image_files(pics)[0]
+    prepare(learn.model, 'mixed')
+    before = state(learn.model, learn)
+    set_seed(1)
+    want = torch.rand(2)
+    set_seed(1)
+    learn.show_heatmap(f, method=method, **quick.get(method, {}))
+    hm = learn.get_heatmaps(cls=[0,1], method=method, relu=False, **quick.get(method, {}))
+    assert torch.equal(torch.rand(2), want) and not hm.maps.requires_grad and hm.maps.isfinite().all()
+    same(before, state(learn.model, learn))
+    for kwargs in (dict(cls='Rad'), dict(cls=2), dict(nonsense=1), dict(layer='0.99')):
+        with pytest.raises(ValueError) as e: learn.show_heatmap(f, method=method, **kwargs)
+        assert '\n' not in str(e.value)
+    same(before, state(learn.model, learn))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            now = state(learn.model, learn)
+            torch.testing.assert_close(learn.get_heatmaps(cls=[0,1], method=method, relu=False, **quick.get(method, {})).maps, hm.maps, rtol=1e-3, atol=1e-5*float(hm.maps.abs().max()))
+            same(now, state(learn.model, learn))
+    last = [m for m in learn.model.modules() if isinstance(m, nn.Linear)][-1]
+    h = last.register_forward_pre_hook(lambda *_: 1/0)
+    before = state(learn.model, learn)
+    with pytest.raises(ZeroDivisionError): learn.get_heatmaps(method=method, **quick.get(method, {}))
+    same(before, state(learn.model, learn))
+    h.remove()
 
 
 @pytest.mark.parametrize('how', ways)
