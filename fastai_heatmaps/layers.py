@@ -13,9 +13,12 @@ from difflib import get_close_matches
 import threading
 
 # %% ../nbs/01_layers.ipynb #58cb824c
-def _shapes(model, *xb): # as `layer_shapes`, and '' for the model itself
+def _tensors(o): return [o] if isinstance(o, Tensor) else [t for v in (o.values() if isinstance(o, dict) else o if is_listy(o) else []) for t in _tensors(v)]
+
+def _shapes(model, *xb): # as `layer_shapes`, and '' for the model itself, of which the first tensor counts
     names,thread,res = {m:n for n,m in model.named_modules()},threading.get_ident(),{}
     def record(m, i, o):
+        if m is model: o = next(iter(_tensors(o)), None)
         if threading.get_ident()==thread and m in names and isinstance(o, Tensor):
             res.pop(names[m], None)
             res[names[m]] = tuple(o.shape)
@@ -76,14 +79,13 @@ def no_map(
 _pools = nn.modules.pooling._AdaptiveAvgPoolNd,nn.modules.pooling._AdaptiveMaxPoolNd
 _convs = nn.modules.conv._ConvNd
 def _has(m, types): return any(isinstance(o, types) for o in m.modules())
-def _tensors(o): return [o] if isinstance(o, Tensor) else [t for v in (o.values() if isinstance(o, dict) else o if is_listy(o) else []) for t in _tensors(v)]
 
 # %% ../nbs/01_layers.ipynb #dda5408a
 def attentions(
     model:nn.Module # Any model
 ) -> list: # of names
     "The attention layers of `model`: those whose class says so"
-    return [n for n,m in model.named_modules() if n and 'attention' in type(m).__name__.lower()]
+    return [n for n,m in model.named_modules() if n and re.search('attention|attn', type(m).__name__.lower())]
 
 # %% ../nbs/01_layers.ipynb #0ded73b0
 def _with_influence(model, names, *xb): # the last of the layers `names` on whose map, in more than one cell, the model's output depends
@@ -109,6 +111,8 @@ def default_layer(
     if '' in maps and maps['']==shapes['']: # the output is a map too
         small = min(np.prod(maps[n][2:]) for n in layers)
         layers = [n for n in layers if np.prod(maps[n][2:])==small]
+        most = max(maps[n][1] for n in layers) # the features, not the logits that some models make of them at this size
+        layers = [n for n in layers if maps[n][1]==most]
     turned = [n for n in layers if maps[n]!=shapes[n]]
     return model.get_submodule(_with_influence(model, layers, *xb) if turned else layers[-1])
 

@@ -221,7 +221,7 @@ def get_heatmaps(self:Learner,
     topk:int=1, # How many of the most likely classes, if `cls` is None
     ds_idx:int=1, # Without `items` and `dl`: 0 = the training set, with the validation transforms; 1 = the validation set
     dl=None, # A DataLoader of your own; one that changes images at random is not shown as the model saw it
-    bs:int=None, # Batch size, also of changed images; None = that of the DataLoaders, and 64 changed images
+    bs:int=None, # Batch size, also of changed images; None = that of the DataLoaders, and 64 changed images, or 16 on a CPU
     score=None, # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
     **options # Of the method, such as `n` for 'rise'
 ) -> Heatmaps:
@@ -320,7 +320,7 @@ def show_occlusion(self:Learner,
     stride=None, # How far it moves, likewise; None = half a window
     fill=0., # What it shows: a number, in the values that the model takes, 'mean', 'blur', or a tensor
     relu:bool=True, # Keep what lowers the score when it is hidden? If not, blue is what raises it
-    bs:int=None, # How many changed images are run at once; None = 64
+    bs:int=None, # How many changed images are run at once; None = 64, or 16 on a CPU
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Shows how much the score of `cls` drops where a part of `img` is hidden: occlusion (Zeiler and Fergus 2013, arXiv 1311.2901)"

@@ -103,7 +103,7 @@ def warn_if_saturated(
     "Warns where the output looks like probabilities, and one that is explained is so near to 0 or 1 that its gradient vanishes"
     if not isinstance(pred, Tensor) or pred.numel()!=len(idxs)*(c:=pred.numel()//len(idxs)) or is_dense(pred): return
     p = pred.detach().as_subclass(Tensor).float().reshape(len(idxs), c)
-    if p.min()<0 or p.max()>1: return
+    if p.min()<0 or p.max()>1 or p.min()==p.max()==0: return
     if c>1: p = p.gather(1, idxs)
     if ((p>.999) | (p<1e-6)).any(): warn("the model seems to end in a sigmoid or softmax, which is saturated here: gradients vanish and the map is faint; explain the model without it")
 

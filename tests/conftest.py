@@ -1,7 +1,7 @@
 "What the tests share: a small Learner on pictures made on the spot, and the pretrained demo Learner."
 import matplotlib
 matplotlib.use('Agg')
-import numpy as np, pytest, torch
+import gc, numpy as np, pytest, torch
 from fastai.vision.all import *
 from fastai_heatmaps.all import *
 from fastai_heatmaps.layers import default_layer, find_layers
@@ -14,10 +14,15 @@ def pytest_addoption(parser):
     parser.addoption('--nb-flags', default='', help='nbdev test flags to run that are left out otherwise, such as "slow"')
 
 
+gc.freeze() # what is there now is not looked at again
+
+
 @pytest.fixture(autouse=True)
-def close_figures():
+def clean_up():
+    "Learners and their callbacks know each other, so that without this hundreds of models would wait to be collected"
     yield
     plt.close('all')
+    gc.collect()
 
 
 @pytest.fixture(scope='session')
