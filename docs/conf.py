@@ -11,6 +11,7 @@ html_show_copyright = False
 nitpicky = True
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'gfm'  # with tables
 myst_enable_extensions = ['html_image']  # an <img> in the text is checked and copied too
 myst_heading_anchors = 4
 myst_heading_slug_func = 'docs.slug'

@@ -29,6 +29,8 @@ def outputs(c):
         if 'text/html' not in d: continue
         s = re.sub('<style.*?</style>', '', ''.join(d['text/html']), flags=re.S)  # GitHub shows a style as text
         d['text/html'] = re.sub('<table[^>]*', '<table class="docutils"', s)
+    for d in ds:
+        if 'text/markdown' in d: d['text/markdown'] = re.sub(r'\]\(/(?=\w)', '](', ''.join(d['text/markdown']))  # nbdev's links begin at the root of a site
     return [o for o,d in zip(c.outputs, ds) if not (pics and list(d)==['text/plain'])]
 
 def clean(c, link):
