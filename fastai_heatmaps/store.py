@@ -125,7 +125,7 @@ def load_heatmaps(
     parts = _parts(run)
     there = [(a, b) for a,b in parts if _file(folder, a).exists()]
     if there!=parts: raise ValueError(f"{folder} holds {sum(b-a for a,b in there)} of {run['n']} images: run get_heatmaps with the same arguments again, which goes on where it stopped")
-    if dl is not None and digest(items_of(dl, run['places']))!=run['items']: raise ValueError(f"dl has other images than {folder}: pass the DataLoader that the heatmaps were made of")
+    if dl is not None and (len(dl.dataset)<=max(run['places']) or digest(items_of(dl, run['places']))!=run['items']): raise ValueError(f"dl has other images than {folder}: pass the DataLoader that the heatmaps were made of")
     ds = [read_part(folder, a, b-a) for a,b in parts]
     def cat(k): return None if k not in ds[0] else torch.cat([d[k] for d in ds])
     maps = [m for d in ds for m in d['maps']]

@@ -122,7 +122,7 @@ def test_what_cannot_be_followed(learn, pics):
 
 def test_no_trace(learn, pics):
     "The same random numbers come after it, and the transforms keep their state"
-    learn.dls.valid.after_item.add(lambda o: (torch.rand(1), random.random(), np.random.rand(), o)[-1])
+    learn.dls.valid.after_item.add(Transform(lambda o: (torch.rand(1), random.random(), np.random.rand(), o)[-1]))
     hm = learn.get_heatmaps(get_image_files(pics)[:1])
     torch.manual_seed(1); random.seed(1); np.random.seed(1)
     want = torch.rand(1),random.random(),np.random.rand()
