@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['distrib_state', 'gathered', 'join_heatmaps']
 
-# %% ../nbs/08_distributed.ipynb #3c3b09b4
+# %% ../nbs/08_distributed.ipynb #a2766386
 from fastai.vision.all import *
 from fastai.learner import _ConstantFunc
 from .targets import is_per_image, check_per_image
@@ -15,7 +15,7 @@ from copy import copy
 import atexit
 from zlib import crc32
 
-# %% ../nbs/08_distributed.ipynb #60b41d81
+# %% ../nbs/08_distributed.ipynb #f9e6dc8c
 def distrib_state():
     "accelerate's `PartialState` of the processes that run this together, each on its own GPU where there are GPUs; None where this process is alone. Raises ImportError without accelerate"
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -32,7 +32,7 @@ def distrib_state():
     if not there: atexit.register(state.destroy_process_group) # a process that ends without this aborts now and then
     return state
 
-# %% ../nbs/08_distributed.ipynb #16c41edb
+# %% ../nbs/08_distributed.ipynb #3ae2f9ab
 def gathered(
     f:callable # Without arguments; called in each process
 ) -> list: # What it gave in each
@@ -47,7 +47,7 @@ def gathered(
         if e: raise (ValueError if e[0] else RuntimeError)(f"in process {i}: {e[1]}")
     return [o for o,_ in all_of]
 
-# %% ../nbs/08_distributed.ipynb #96ca751b
+# %% ../nbs/08_distributed.ipynb #83daf05a
 def join_heatmaps(
     parts:list, # `Heatmaps` of the same classes, made alike
     dl=None, # The DataLoader that all of their images come from; None = that of the first
@@ -64,7 +64,7 @@ def join_heatmaps(
     return Heatmaps(torch.stack(maps) if len({m.shape for m in maps})==1 else maps, cat('cls'), cat('preds'), cat('targs'), one.vocab, dl or one.dl,
                     ifnone(idxs, [i for p in parts for i in p.idxs]), one.task, {k:torch.cat([p.info[k] for p in parts]) for k in one.info}, one.thresh)
 
-# %% ../nbs/08_distributed.ipynb #7337d323
+# %% ../nbs/08_distributed.ipynb #7e9991af
 def _names(dl): # of the files that `dl` goes through, as far as they have names
     items = getattr(dl.dataset, 'items', ())
     return items.to_csv() if hasattr(items, 'to_csv') else [Path(o).name for o in items if isinstance(o, (str, Path))]
@@ -73,7 +73,7 @@ def _piece(dl, places, idxs, bs): # `dl` with those of its `places` alone that `
     if hasattr(dl, 'new'): return dl.new(n=len(idxs), shuffle=False, drop_last=False, get_idxs=_ConstantFunc([places[i] for i in idxs]))
     return torch.utils.data.DataLoader(torch.utils.data.Subset(dl.dataset, idxs), bs or dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn, pin_memory=dl.pin_memory)
 
-# %% ../nbs/08_distributed.ipynb #7c2ba318
+# %% ../nbs/08_distributed.ipynb #8813e8da
 @patch
 @delegates(Learner.get_heatmaps, keep=True)
 def distrib_heatmaps(self:Learner,
