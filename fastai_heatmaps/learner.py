@@ -141,11 +141,15 @@ class HeatmapCallback(Callback):
 def shadow(
     learn:Learner
 ) -> Learner:
-    "A copy of `learn` that shares its model and data and has copies of its callbacks, but for those that only record; ready for `get_preds(inner=True)`"
+    "A copy of `learn` that shares its model and data and has copies of its callbacks, but for those that only record or share the work among processes; ready for `get_preds(inner=True)`"
     res = copy(learn)
     res.cbs,res.model = L(),unwrap(learn.model)
+    if any('world_size' in vars(o) for o in getattr(learn.dls, 'loaders', [])): # in fastai's `distrib_ctx`
+        res.dls = copy(learn.dls)
+        res.dls.loaders = [getattr(o, 'dl', o) for o in learn.dls.loaders]
+    res.to_detach = lambda b, cpu=True, gather=True: to_detach(b, cpu, gather=False) # does not wait for other processes
     for cb in learn.cbs:
-        if getattr(cb, 'remove_on_fetch', False): continue
+        if getattr(cb, 'remove_on_fetch', False) or cb.name=='distributed_trainer': continue
         new = copy(cb)
         vars(new).update({k:copy(v) for k,v in vars(cb).items() if isinstance(v, (list, dict, set, L))})
         if isinstance(new, ProgressCallback): new.mbar = None # the bar of a training that goes on is not ours
@@ -250,8 +254,8 @@ def get_heatmaps(self:Learner,
     if layer is not None and f.needs not in ('input', 'model'): layer = find_layers(run.model, layer)
     if items is not None:
         items,targs = split_labels(_items(items), vocab)
-        dl = image_dl(self.dls, items, bs)
-    else: dl = ordered_dl(self.dls, ds_idx, dl, bs)
+        dl = image_dl(run.dls, items, bs)
+    else: dl = ordered_dl(run.dls, ds_idx, dl, bs)
     places = list(dl.get_idxs()) if hasattr(dl, 'get_idxs') else list(range(len(dl.dataset)))
     if _is_targ(cls):
         if items is not None and targs is None: raise ValueError("cls='targ' needs the true classes: pass (image, label) items, or leave `items` out")
@@ -380,7 +384,7 @@ def plot_heatmap_grid(self:Learner,
     looks,options = _looks(kwargs, Heatmaps.plot)
     options = dict(cls=cls, method=method, layer=layer, relu=relu, topk=topk, **options)
     if items is not None: return self.get_heatmaps([items[i] for i in idxs], **options).plot(**looks)
-    dl = self.dls.valid
+    dl = shadow(self).dls.valid
     if not hasattr(dl, 'new'): raise ValueError("the DataLoaders of this Learner are PyTorch's, which cannot be asked for a choice of items: use get_heatmaps(...)[:8].plot()")
     dl = dl.new(n=len(idxs), shuffle=False, drop_last=False, get_idxs=_ConstantFunc(idxs), **({'num_workers':0} if len(idxs)<=dl.bs else {}))
     return self.get_heatmaps(dl=dl, **options).plot(**looks)

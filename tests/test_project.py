@@ -35,7 +35,7 @@ def test_metadata():
     assert d.version==cfg['version'], 'install again: pip install -e .'
     assert [f'{o.name} = {o.value}' for o in d.entry_points if o.group=='console_scripts']==rows('console_scripts')
     assert set(rows('requirements')) <= set(d.requires)
-    for extra in ('demo', 'dev'): assert len([o for o in d.requires if re.search(f'extra == .{extra}', o)])==len(rows(f'{extra}_requirements'))
+    for extra in ('demo', 'distrib', 'explore', 'dev'): assert len([o for o in d.requires if re.search(f'extra == .{extra}', o)])==len(rows(f'{extra}_requirements'))
     assert f"## {cfg['version']}" in (root/'CHANGELOG.md').read_text('utf-8')
 
 
@@ -84,11 +84,11 @@ def test_public_names():
     "Star-importing gives what users call and nothing else, and every Learner has its methods"
     code = """import fastai.vision.all as fv, fastai_heatmaps.all as fh
 print(*sorted(n for n in vars(fh) if n[0]!='_' and vars(fh)[n] is not getattr(fv, n, None)))
-print(*[hasattr(fh.Learner, n) for n in 'get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid'.split()])"""
+print(*[hasattr(fh.Learner, n) for n in 'get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid distrib_heatmaps explore_heatmaps'.split()])"""
     names,methods = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert set(names.split())=={'Heatmaps', 'ImageError', 'demo_image', 'demo_labels', 'demo_learner', 'heatmap_method', 'heatmap_methods',
-                                'in_mask', 'layer_shapes', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
-    assert methods.split()==['True']*7
+    assert set(names.split())=={'Heatmaps', 'ImageError', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_method', 'heatmap_methods', 'in_mask',
+                                'join_heatmaps', 'layer_shapes', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
+    assert methods.split()==['True']*9
 
 
 @pytest.mark.parametrize('fn', nbs, ids=lambda o: o.name)
