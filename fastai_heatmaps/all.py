@@ -5,5 +5,6 @@ from .targets import in_mask
 from .cam import heatmap_methods, heatmap_method, model_heatmaps
 from .pixels import relu_rule
 from .heatmaps import Heatmaps, show_overlay
+from .store import load_heatmaps
 from .learner import ImageError, open_image
 from .samples import demo_labels, demo_image, demo_learner

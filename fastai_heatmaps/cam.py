@@ -168,6 +168,8 @@ class Probe:
         store_attr()
         self.x,self.info = xb[0].detach().as_subclass(Tensor),{}
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
+        self.channels_last = self.x.device.type=='cpu' and self.x.ndim==4 # and its convolutions with channels that lie side by side
+        self.y = self.picked(scores.detach()).as_subclass(Tensor).float() # (n, k): of the classes explained
         if hook is not None:
             self.raw = hook.stored.detach().as_subclass(Tensor)
             self.acts = (self.raw if isinstance(hook, InputHook) else self.map(self.raw)).float()
@@ -182,8 +184,11 @@ class Probe:
 
     def model_scores(self, x, i=None):
         "Scores (m, c) for changed versions (m, C, H, W) of image `i`, or of the whole batch"
-        rest = self.xb[1:] if i is None else [o[i:i+1].expand(len(x), *o.shape[1:]) for o in self.xb[1:]]
-        return self.score(self.model(x.to(self.x.dtype), *rest), i, len(x))
+        x,rest = x.to(self.x.dtype),self.xb[1:] if i is None else [o[i:i+1].expand(len(x), *o.shape[1:]) for o in self.xb[1:]]
+        if self.channels_last:
+            try: return self.score(self.model(x.contiguous(memory_format=torch.channels_last), *rest), i, len(x))
+            except RuntimeError: self.channels_last = False # such as from a `view` of the model's own
+        return self.score(self.model(x, *rest), i, len(x))
 
     def ask(self, x, i=None):
         "Scores (m, k) of the classes explained for changed versions `x` (m, C, H, W) of image `i`"

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['image_exts', 'UsageError', 'one_line', 'tell', 'csv_images', 'find_images', 'exported_learner', 'read_weights',
-           'read_vocab', 'weights_learner', 'open_learner', 'file_heatmaps', 'save_heatmaps', 'save_grid',
+           'read_vocab', 'weights_learner', 'open_learner', 'readable', 'file_heatmaps', 'save_heatmaps', 'save_grid',
            'print_methods', 'demo', 'main']
 
 # %% ../nbs/12_cli.ipynb #c1000003
 import argparse,csv,glob,mimetypes,os,pickle,random,re,sys,warnings
-from contextlib import nullcontext,redirect_stdout
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
@@ -207,32 +208,44 @@ def open_learner(
     return learn
 
 # %% ../nbs/12_cli.ipynb #c100001a
+def readable(
+    files:list, # Paths of images
+    bar=False # Show a progress bar?
+) -> list: # Those of them that can be read
+    "Reads each image, and tells of each that cannot be why"
+    from fastai_heatmaps.learner import ImageError, open_image
+    from fastprogress.fastprogress import progress_bar
+    def why_not(f):
+        try: open_image(f)
+        except ImageError as e: return e
+    with ThreadPoolExecutor(4) as pool:
+        told = pool.map(why_not, files)
+        told = list(progress_bar(told, total=len(files), leave=False) if bar else told)
+    for e in told:
+        if e: tell(f'skipped: {e}')
+    return [f for f,e in zip(files, told) if not e]
+
+# %% ../nbs/12_cli.ipynb #c100001b
 def file_heatmaps(
     learn, # Learner
     files:list, # Paths of images
     **kwargs # For `get_heatmaps`
 ) -> tuple: # `Heatmaps`, or None where no image can be read; the files that can
     "Heatmaps of those of `files` that can be read; tells of each other why it cannot. Raises ValueError as `get_heatmaps` does"
-    from fastai_heatmaps.learner import ImageError, open_image
     try: return learn.get_heatmaps(files, **kwargs), files
     except Exception:
-        good = []
-        for f in files:
-            try:
-                open_image(f)
-                good.append(f)
-            except ImageError as e: tell(f'skipped: {e}')
+        good = readable(files)
         if len(good)==len(files): raise
     return (learn.get_heatmaps(good, **kwargs) if good else None), good
 
-# %% ../nbs/12_cli.ipynb #c100001b
+# %% ../nbs/12_cli.ipynb #c100001c
 def _request(a, learn): # the arguments for `get_heatmaps`; a class is a number only where no class is called so
     from fastai_heatmaps.learner import output_names
     names = {str(o).lower() for o in output_names(learn) or ()}
     cls = a.cls and [int(o) if o.isdecimal() and o not in names else o for o in a.cls]
     return dict(cls=cls, topk=a.top or 1, method=a.method, layer=a.layer, bs=a.bs)
 
-# %% ../nbs/12_cli.ipynb #c100001c
+# %% ../nbs/12_cli.ipynb #c100001d
 def _begin(a, leave_out=None): # what the commands that take MODEL and IMAGES have in common: the images, how many do not exist, and the Learner
     files,gone = find_images(a.images, a.column, leave_out)
     for f in gone: tell(f'skipped: there is no file {str(f)!r}')
@@ -244,39 +257,66 @@ def _begin(a, leave_out=None): # what the commands that take MODEL and IMAGES ha
         raise UsageError(f"no method {a.method!r}{f'; did you mean {close[0]!r}?' if close else '.'} All are shown by `fastai-heatmaps methods`")
     return files,len(gone),learn
 
-# %% ../nbs/12_cli.ipynb #c100001d
+# %% ../nbs/12_cli.ipynb #c100001e
 def _name(o): # of a file, for a line
     s = str(o)
     return s if s.isprintable() else repr(s)
 
-# %% ../nbs/12_cli.ipynb #c100001e
+# %% ../nbs/12_cli.ipynb #c100001f
 def _images(n): return f"{n} image{'s'[:n!=1]}"
 
-# %% ../nbs/12_cli.ipynb #c100001f
+# %% ../nbs/12_cli.ipynb #c1000020
 def _answer(hm, i): # the classes of image `i` that are explained, in one line
     return '; '.join(', '.join(hm.title(i, j)[0]) for j in range(hm.cls.shape[1]))
 
-# %% ../nbs/12_cli.ipynb #c1000021
+# %% ../nbs/12_cli.ipynb #c1000022
+def _parts(n, bs): # slices of `n` images: full batches, about 256 images each
+    size = bs*max(1, 256//bs)
+    return [slice(i, i+size) for i in range(0, n, size)]
+
+# %% ../nbs/12_cli.ipynb #c1000023
+def _pictures(a, learn, files, kwargs): # writes them; yields what was made, with its files
+    from fastai_heatmaps.heatmaps import file_names
+    names = dict(zip(files, file_names(f.stem.encode(errors='ignore')[:40].decode(errors='ignore') for f in files))) # files of several folders may be called the same
+    for part in _parts(len(files), a.bs or learn.dls.valid.bs):
+        with redirect_stdout(sys.stderr): hm,good = file_heatmaps(learn, files[part], **kwargs)
+        if good: hm.save(a.out, a.format, a.on, [names[f] for f in good], a.overwrite)
+        yield hm,good
+
+# %% ../nbs/12_cli.ipynb #c1000025
+def _numbers(a, learn, files, kwargs): # as `_pictures`
+    from fastai_heatmaps.learner import image_dl, output_names
+    from fastai_heatmaps.store import open_store, run_info, write_part
+    with redirect_stdout(sys.stderr): files = readable(files, sys.stderr.isatty() and not a.quiet)
+    if not files: return
+    if a.overwrite:
+        for o in Path(a.out).glob('part-*.npz'): o.unlink()
+        (Path(a.out)/'manifest.json').unlink(missing_ok=True)
+    about = run_info(learn.model, image_dl(learn.dls, files, a.bs), list(range(len(files))), kwargs, output_names(learn), getattr(learn.loss_func, 'thresh', .5))
+    try: todo = open_store(a.out, about)
+    except ValueError as e: raise FileExistsError(f'{e}, or add --overwrite') from None
+    done = sorted(set(range(len(files))) - {i for s,e in todo for i in range(s, e)})
+    yield None,[files[i] for i in done]
+    for s,e in todo:
+        with redirect_stdout(sys.stderr): hm = learn.get_heatmaps(files[s:e], **kwargs)
+        write_part(Path(a.out), s, hm)
+        yield hm,files[s:e]
+
+# %% ../nbs/12_cli.ipynb #c1000026
 def save_heatmaps(
     a # The arguments, as parsed
 ) -> int: # The exit code
-    "Writes pictures of the heatmaps of many images, or their numbers"
-    files,skipped,learn = _begin(a, a.out)
-    from fastai_heatmaps.heatmaps import file_names
-    names,kwargs = dict(zip(files, file_names(f.stem[:40] for f in files))),_request(a, learn) # photos of several folders may have the same names
-    n,done = max(64, 4*(a.bs or learn.dls.valid.bs)),0
-    for s in range(0, len(files), n):
-        with redirect_stdout(sys.stderr): hm,good = file_heatmaps(learn, files[s:s+n], **kwargs)
-        skipped += len(files[s:s+n])-len(good)
-        if not good: continue
+    "Writes the heatmaps of many images, as pictures or numbers"
+    (files,gone,learn),done = _begin(a, a.out),0
+    for hm,good in (_numbers if a.format=='npz' else _pictures)(a, learn, files, _request(a, learn)):
         done += len(good)
-        hm.save(a.out, fmt=a.format, on=a.on, names=[names[f] for f in good], overwrite=a.overwrite)
-        if not a.quiet:
+        if not a.quiet and hm is not None:
             for i,f in enumerate(good): print(f'{_name(f)}: {_answer(hm, i)}', flush=True)
+    skipped = len(files)+gone-done
     if done and not a.quiet: print(f"{_name(a.out)}: heatmaps of {_images(done)}{f', {skipped} skipped' if skipped else ''}")
     return int(skipped>0)
 
-# %% ../nbs/12_cli.ipynb #c1000022
+# %% ../nbs/12_cli.ipynb #c1000027
 def save_grid(
     a # The arguments, as parsed
 ) -> int: # The exit code
@@ -301,7 +341,7 @@ def save_grid(
     if not a.quiet: print(f"{_name(out)}: {_images(len(good))}{f', {skipped} skipped' if skipped else ''}")
     return int(skipped>0)
 
-# %% ../nbs/12_cli.ipynb #c1000023
+# %% ../nbs/12_cli.ipynb #c1000028
 def print_methods(
     a # The arguments, as parsed
 ) -> int: # The exit code
@@ -310,7 +350,7 @@ def print_methods(
     print(heatmap_methods)
     return 0
 
-# %% ../nbs/12_cli.ipynb #c1000025
+# %% ../nbs/12_cli.ipynb #c100002a
 def demo(
     out='heatmaps-demo' # The folder that the pictures and a page of them, index.html, are written into
 ) -> Path: # The page
@@ -339,7 +379,7 @@ def demo(
     print(f'{page}: all of them on a page')
     return page
 
-# %% ../nbs/12_cli.ipynb #c1000026
+# %% ../nbs/12_cli.ipynb #c100002b
 _page = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>fastai_heatmaps</title>
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }} figure {{ margin: 2em 0 }}
@@ -350,7 +390,7 @@ img {{ max-width: 100%; max-height: 520px }} figcaption {{ color: #555 }}</style
 </html>
 """
 
-# %% ../nbs/12_cli.ipynb #c1000028
+# %% ../nbs/12_cli.ipynb #c100002d
 _model_help = """examples:
   fastai-heatmaps {c} export.pkl photos/*.jpg --trust
       an exported Learner: loading it runs the code in it, and --trust allows that
@@ -370,12 +410,12 @@ _grid_help = _model_help + """  fastai-heatmaps {c} export.pkl photos/ --trust -
 _codes = """
 exit codes: 0 all done, 1 something failed or some images were skipped, 2 wrong usage"""
 
-# %% ../nbs/12_cli.ipynb #c1000029
+# %% ../nbs/12_cli.ipynb #c100002e
 def _at_least_1(o):
     if not o.isdecimal() or int(o)<1: raise argparse.ArgumentTypeError(f'{o!r} is no whole number from 1 on')
     return int(o)
 
-# %% ../nbs/12_cli.ipynb #c100002a
+# %% ../nbs/12_cli.ipynb #c100002f
 def _parser():
     p = argparse.ArgumentParser(prog='fastai-heatmaps', description='See why a fastai image model answers as it does.', formatter_class=argparse.RawDescriptionHelpFormatter,
                                 epilog="examples:\n  fastai-heatmaps gradcam export.pkl photos/*.jpg --trust --cls pug --out results/\n  fastai-heatmaps grid export.pkl photos/ --trust --out grid.png\n  fastai-heatmaps gradcam --help\n"+_codes)
@@ -422,7 +462,7 @@ def _ends(g):
     g.add_argument('--overwrite', action='store_true', help='replace what is there')
     g.add_argument('--quiet', action='store_true', help='print nothing but errors')
 
-# %% ../nbs/12_cli.ipynb #c100002c
+# %% ../nbs/12_cli.ipynb #c1000031
 def main(
     args:list=None # The words after the command's name; None = those that it was called with
 ) -> int: # The exit code
@@ -443,6 +483,9 @@ def main(
         except KeyboardInterrupt:
             tell('interrupted')
             return 130
+        except FileExistsError as e:
+            tell(str(e).replace('pass overwrite=True', 'add --overwrite'))
+            return 1
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
             tell(e)
             return 2 if isinstance(e, ValueError) else 1

@@ -8,7 +8,7 @@ __all__ = ['restoring', 'LeafHook', 'leaf_hooks', 'InputHook', 'gradients', 'eva
 
 # %% ../nbs/00_hooks.ipynb #11bddc12
 from fastai.basics import *
-from fastai.callback.hook import Hook, Hooks
+from fastai.callback.hook import Hook
 import sys,threading
 
 # %% ../nbs/00_hooks.ipynb #b62420ec
@@ -97,7 +97,7 @@ def eval_mode(
     model:nn.Module # Any model; a module of it may be in train mode and another in eval mode
 ):
     "A context with all of `model` in eval mode; when the last run that wants a module so has ended, it gets its own flag back"
-    modules,run = list(model.modules()),object()
+    modules,run = [],object()
     def restore():
         with _lock:
             for m in modules:
@@ -108,6 +108,7 @@ def eval_mode(
                     _in_eval.pop(m, None)
     with restoring(restore):
         with _lock:
+            modules += [m for m in model.modules() if m.training or m in _in_eval]
             for m in modules: _in_eval.setdefault(m, (m.training, set()))[1].add(run)
             for m in modules: m.training = False # not before all flags are known: that of a compiled part is the same as of the module inside
         yield
@@ -152,8 +153,8 @@ def quiet(
     with eval_mode(model), as_written(), torch.inference_mode(False), torch.no_grad():
         try: yield
         finally: # what hooks of the model's own keep, they keep without a graph
-            for h in [h for m in model.modules() for o in vars(m).values() if isinstance(o, (Hook, Hooks)) for h in (o if isinstance(o, Hooks) else [o])]:
-                if isinstance(h.stored, Tensor) and h.stored.grad_fn is not None: h.stored = h.stored.detach()
+            for h in [getattr(f, '__self__', None) for m in model.modules() for f in m._forward_hooks.values()]:
+                if isinstance(h, Hook) and isinstance(h.stored, Tensor) and h.stored.grad_fn is not None: h.stored = h.stored.detach()
 
 # %% ../nbs/00_hooks.ipynb #1bac416b
 @contextmanager

@@ -14,6 +14,7 @@ from .targets import class_index, class_indices, as_list, is_per_image, check_pe
 from .cam import watch, explain, clear_errors, get_method
 import fastai_heatmaps.pixels, fastai_heatmaps.perturb, fastai_heatmaps.attention # which enter their methods
 from .heatmaps import Heatmaps
+from .store import run_info, open_store, write_part, load_heatmaps
 from fastai.learner import _ConstantFunc
 from contextlib import ExitStack
 from inspect import signature
@@ -94,11 +95,16 @@ def _is_targ(cls): return isinstance(cls, str) and cls=='targ'
 
 # %% ../nbs/07_learner.ipynb #f5ceb8a6
 class HeatmapCallback(Callback):
-    "Makes heatmaps of what the Learner predicts: lists of tensors, `maps` (k, h, w), `idxs` (n, k), `probs` (n, c), `targs`, and `infos`, in the order of the batches"
+    "Makes heatmaps of what the Learner predicts: lists of tensors, `maps` (k, h, w), `idxs` (n, k), `probs` (n, c), `targs`, and `infos`, in the order of the batches; calls `after` when it has those of another batch"
     order = 100 # after the callbacks that change the prediction
-    def __init__(self, method, cls=None, layer=None, relu=True, topk=1, vocab=None, act=noop, score=None, bs=None, bar=False):
+    def __init__(self, method, cls=None, layer=None, relu=True, topk=1, vocab=None, act=noop, score=None, bs=None, bar=False, dtype=torch.float32, after=noop):
         store_attr()
-        self.stack,self.maps,self.idxs,self.probs,self.targs,self.infos,self.dense = ExitStack(),[],[],[],[],[],False
+        self.stack,self.done,self.dense = ExitStack(),0,False
+        self.clear()
+
+    def clear(self):
+        "Forget what was made"
+        self.maps,self.idxs,self.probs,self.targs,self.infos = [],[],[],[],[]
 
     def __call__(self, event_name):
         "Call `event_name`; an error keeps its one line, which fastai would wrap in several"
@@ -113,12 +119,14 @@ class HeatmapCallback(Callback):
         "Make the maps, and leave the prediction as it would be without"
         self.stack.close()
         maps,_,probs,idxs,info = explain(self.method, self.hooks, self.model, self.xb, self.pred, self.batch_idxs, self.act, self.vocab, self.score, self.relu, self.bs, self.bar)
-        self.maps += list(maps)
+        self.maps += list(maps.to(self.dtype))
+        self.done += len(maps)
         for o,res in zip((idxs, probs, info), (self.idxs, self.probs, self.infos)): res.append(to_cpu(o))
         if len(self.yb)==1 and isinstance(self.yb[0], Tensor) and len(self.yb[0])==len(idxs) and not is_dense(self.pred): self.targs.append(to_cpu(self.yb[0].as_subclass(Tensor)))
         self.hooks,self.dense = None,is_dense(self.pred) and self.score is None
         torch.set_grad_enabled(False)
         self.learn.pred = to_detach(self.pred, cpu=False, gather=False)
+        self.after()
 
     def batch_idxs(self, probs):
         "The classes to explain in this batch"
@@ -126,7 +134,7 @@ class HeatmapCallback(Callback):
         if _is_targ(cls):
             if not self.yb or self.yb[0].numel()!=n or self.vocab is None and self.yb[0].is_floating_point(): raise ValueError("cls='targ' needs one true class for each image, and this DataLoader has none: name the classes")
             cls = self.yb[0].reshape(n).as_subclass(Tensor).long()
-        elif is_per_image(cls): cls = cls[len(self.maps):len(self.maps)+n]
+        elif is_per_image(cls): cls = cls[self.done:self.done+n]
         return class_indices(cls, probs, self.vocab, self.topk)
 
 # %% ../nbs/07_learner.ipynb #cd680ad4
@@ -209,6 +217,15 @@ def _in_task(targs, task, n): # targets that the titles can use, or None
     if task=='classes': return targs if targs.ndim==2 else None
     return targs.flatten(1) if targs.ndim>1 else targs
 
+# %% ../nbs/07_learner.ipynb #aea86567
+def _made(run, cb, method, dl, places, targs): # the `Heatmaps` of what `cb` has
+    same,probs = len({m.shape for m in cb.maps})==1,torch.cat(cb.probs)
+    if targs is None and cb.targs: targs = torch.cat(cb.targs)
+    kind = task(run, probs, targs, cb.vocab, cb.dense)
+    return Heatmaps(torch.stack(cb.maps) if same else cb.maps, torch.cat(cb.idxs), probs, _in_task(targs, kind, len(places)), cb.vocab, dl, places, kind,
+                    {k:torch.cat([o[k] for o in cb.infos]) for k in cb.infos[0]}, getattr(run.loss_func, 'thresh', .5), method if isinstance(method, str) else getattr(method, '__name__', type(method).__name__),
+                    ', '.join(n for n,m in run.model.named_modules() if any(m is o for o in cb.layer or ())))
+
 # %% ../nbs/07_learner.ipynb #cb2f0ba1
 @patch
 @keep_random()
@@ -222,6 +239,8 @@ def get_heatmaps(self:Learner,
     ds_idx:int=1, # Without `items` and `dl`: 0 = the training set, with the validation transforms; 1 = the validation set
     dl=None, # A DataLoader of your own; one that changes images at random is not shown as the model saw it
     bs:int=None, # Batch size, also of changed images; None = that of the DataLoaders, and 64 changed images, or 16 on a CPU
+    out=None, # A folder to write the heatmaps into as they are made; a run that was interrupted goes on from there
+    dtype=torch.float32, # Of the maps; torch.float16 takes half the memory
     score=None, # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
     **options # Of the method, such as `n` for 'rise'
 ) -> Heatmaps:
@@ -241,15 +260,27 @@ def get_heatmaps(self:Learner,
     elif cls is not None: cls = as_list(cls)
     if isinstance(cls, list) and vocab is not None: class_indices(cls, torch.zeros(1, len(vocab)), vocab) # a wrong name is told before the model runs
     bars = any(isinstance(o, ProgressCallback) for o in run.cbs)
-    if len(dl)==1: run.remove_cb(ProgressCallback)
-    cb = HeatmapCallback(f, cls, layer, relu, topk, vocab, activation(self.loss_func), score, bs, bars and len(dl)==1)
-    with quiet(run.model), clear_errors(), cb.stack: run.get_preds(dl=dl, act=noop, reorder=False, cbs=cb, inner=True, with_preds=False, with_targs=False)
-    if len(places)!=len(cb.maps): raise ValueError(f"the DataLoader gave {len(cb.maps)} images for {len(places)} indices: pass one that goes through its dataset once, in order")
-    same,probs = len({m.shape for m in cb.maps})==1,torch.cat(cb.probs)
-    if targs is None and cb.targs: targs = torch.cat(cb.targs)
-    kind = task(self, probs, targs, vocab, cb.dense)
-    info = {k:torch.cat([o[k] for o in cb.infos]) for k in cb.infos[0]}
-    return Heatmaps(torch.stack(cb.maps) if same else cb.maps, torch.cat(cb.idxs), probs, _in_task(targs, kind, len(places)), vocab, dl, places, kind, info, getattr(self.loss_func, 'thresh', .5))
+    cb = HeatmapCallback(f, cls, layer, relu, topk, vocab, activation(self.loss_func), score, bs, dtype=dtype)
+    def go(dl, rows): # through the images `rows`, which `dl` gives
+        cb.bar = bars and len(dl)==1
+        if len(dl)==1: run.remove_cb(ProgressCallback)
+        with quiet(run.model), clear_errors(), cb.stack: run.get_preds(dl=dl, act=noop, reorder=False, cbs=cb, inner=True, with_preds=False, with_targs=False)
+        if len(rows)!=cb.done: raise ValueError(f"the DataLoader gave {cb.done} images for {len(rows)} indices: pass one that goes through its dataset once, in order")
+    def made(rows): return _made(run, cb, method, dl, [places[i] for i in rows], None if targs is None else targs[list(rows)])
+    if out is None:
+        go(dl, places)
+        return made(range_of(places))
+    out = Path(out)
+    parts = open_store(out, run_info(run.model, dl, places, dict(method=method, layer=layer, cls=cls, relu=relu, topk=topk, score=score, bs=bs, dtype=str(dtype), options=options), vocab, getattr(self.loss_func, 'thresh', .5)))
+    rows = [i for a,b in parts for i in range(a, b)]
+    if is_per_image(cls): cb.cls = cls[rows]
+    def write():
+        if len(cb.maps)<len(range(*parts[0])): return
+        write_part(out, parts[0][0], made(range(*parts.pop(0))))
+        cb.clear()
+    cb.after = write
+    if rows: go(dl.new(n=len(rows), get_idxs=_ConstantFunc([places[i] for i in rows]), shuffle=False, drop_last=False), rows)
+    return load_heatmaps(out, dl)
 
 # %% ../nbs/07_learner.ipynb #86961dfd
 def _looks(kwargs, f): # those of `kwargs` that the drawing method `f` takes, and the others

@@ -30,13 +30,13 @@ def occlusion(
     sh,sw = pair(ifnone(stride, (max(1, h//2), max(1, w//2))), 'stride')
     if sh>h or sw>w: raise ValueError(f"stride {(sh,sw)} is larger than the window {(h,w)}: parts of the picture would never be covered")
     boxes = [(slice(t, min(t+h, H)), slice(l, min(l+w, W))) for t in range(0, H-h+sh, sh) for l in range(0, W-w+sw, sw)]
-    nothing,base = filled(x, fill),torch.cat([probe.ask(o[None], i) for i,o in enumerate(x)])
+    nothing = filled(x, fill)
     drops,count = torch.zeros(*probe.idxs.shape, H, W),torch.zeros(H, W)
     for r,c in boxes: count[r,c] += 1
     for i,s in probe.rounds(len(boxes)):
         xs = x[i].repeat(s.stop-s.start, 1, 1, 1)
         for o,(r,c) in zip(xs, boxes[s]): o[:,r,c] = nothing[i,:,r,c]
-        for d,(r,c) in zip((base[i]-probe.ask(xs, i)).cpu(), boxes[s]): drops[i,:,r,c] += d[:,None,None]
+        for d,(r,c) in zip((probe.y[i]-probe.ask(xs, i)).cpu(), boxes[s]): drops[i,:,r,c] += d[:,None,None]
     return drops/count
 
 # %% ../nbs/05_perturb.ipynb #2cf034db
@@ -103,7 +103,7 @@ def ablationcam(
 ) -> Tensor: # (n, k, h, w)
     "`Σ_k w_k A_k` with `w_k = (y - y_k)/y`, `y_k` the score without channel `k`: Ablation-CAM (Desai and Ramaswamy 2020, WACV)"
     acts = probe.acts
-    C,y = acts.shape[1],probe.picked(probe.scores.detach()).as_subclass(Tensor).float()
+    C,y = acts.shape[1],probe.y
     without = torch.zeros(*probe.idxs.shape, C, device=acts.device)
     with torch.no_grad():
         for i,s in probe.rounds(C):

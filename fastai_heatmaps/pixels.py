@@ -111,7 +111,7 @@ def smoothgrad(
     "`max_C |mean g|` over noisy copies of the image: SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825)"
     if n<1: raise ValueError(f"n is {n}; expected at least 1 noisy copy")
     res = torch.zeros(*probe.idxs.shape, *probe.x.shape[1:], device=probe.x.device)
-    for i,s in probe.rounds(n, max(1, probe.bs//4)):
+    for i,s in probe.rounds(n, max(1, probe.bs//2)):
         if s.start==0: copies = noisy(probe.x[i:i+1].float(), n, noise, seed)
         res[i] += probe.input_gradients(torch.cat([next(copies) for _ in range(s.stop-s.start)]), i).sum(1)/n
     return res.abs().amax(2)
@@ -143,10 +143,10 @@ def integrated_gradients(
     at,weight = np.polynomial.legendre.leggauss(steps) # on -1 to 1
     at,weight = [torch.tensor(o, dtype=x.dtype, device=x.device).view(-1,1,1,1) for o in ((at+1)/2, weight/2)]
     res = torch.zeros(*probe.idxs.shape, *x.shape[1:], device=x.device)
-    for i,s in probe.rounds(steps, max(1, probe.bs//4)):
+    for i,s in probe.rounds(steps, max(1, probe.bs//2)):
         g = probe.input_gradients(b[i] + at[s]*(x[i]-b[i]), i)
         res[i] += (x[i]-b[i]) * (g*weight[s]).sum(1)
-    ends = torch.cat([probe.ask(o[i:i+1], i) for i in range(len(x)) for o in (x, b)]).view(len(x), 2, -1)
+    ends = torch.stack([probe.y, torch.cat([probe.ask(o[None], i) for i,o in enumerate(b)])], 1)
     want,got = ends[:,0]-ends[:,1],res.sum((2,3,4))
     probe.info['completeness'] = (got/want).cpu()
     off = (got-want).abs() > .05*want.abs()+1e-4*ends.abs().amax()

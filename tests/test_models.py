@@ -458,3 +458,23 @@ def test_occlusion_and_saliency(kind):
     x2 = x.clone().requires_grad_()
     model(x2)[:,1].sum().backward()
     close_maps(model_heatmaps(model, x, cls=1, method='saliency')[0][:,0], x2.grad.abs().amax(1))
+
+
+@pytest.mark.parametrize('method', ['occlusion', 'smoothgrad', 'integrated_gradients', 'rise'])
+def test_a_model_that_calls_view(method):
+    "Changed images go in with channels that lie side by side, which `view` cannot take: then they go in as they came, and the map is that of the same model with `flatten`"
+    class Net(nn.Module):
+        def __init__(self, viewed):
+            super().__init__()
+            self.conv,self.lin,self.viewed,self.sides = nn.Conv2d(3, 4, 3, stride=4),nn.Linear(4*8*8, 3),viewed,[]
+        def forward(self, x):
+            self.sides.append(x.is_contiguous())
+            x = F.relu(self.conv(x))
+            return self.lin(x.view(len(x), -1) if self.viewed else x.flatten(1))
+    set_seed(0)
+    viewed,flat = Net(True).eval(),Net(False).eval()
+    flat.load_state_dict(viewed.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    a,b = [model_heatmaps(m, x, cls=1, method=method, relu=False, **quick.get(method, {}))[0] for m in (viewed, flat)]
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert a.any() and 0<viewed.sides.count(False)<flat.sides.count(False)

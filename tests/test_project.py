@@ -87,7 +87,7 @@ print(*sorted(n for n in vars(fh) if n[0]!='_' and vars(fh)[n] is not getattr(fv
 print(*[hasattr(fh.Learner, n) for n in 'get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid'.split()])"""
     names,methods = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert set(names.split())=={'Heatmaps', 'ImageError', 'demo_image', 'demo_labels', 'demo_learner', 'heatmap_method', 'heatmap_methods',
-                                'in_mask', 'layer_shapes', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
+                                'in_mask', 'layer_shapes', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
     assert methods.split()==['True']*7
 
 
