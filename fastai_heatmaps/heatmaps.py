@@ -297,8 +297,8 @@ def add_rows(
     "Adds `rows` to a table, in the place of those of the same overlays"
     new,old = {r['overlay'] for r in rows},[]
     if table.exists():
-        with open(table, newline='', encoding='utf-8') as f: old = [o for o in csv.DictReader(f) if o['overlay'] not in new]
-    with whole_file(table) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+        with open(table, newline='', encoding='utf-8', errors='surrogateescape') as f: old = [o for o in csv.DictReader(f) if o['overlay'] not in new]
+    with whole_file(table) as tmp, open(tmp, 'w', newline='', encoding='utf-8', errors='surrogateescape') as f:
         out = csv.DictWriter(f, rows[0])
         out.writeheader()
         out.writerows(old+rows)
