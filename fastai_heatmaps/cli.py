@@ -307,6 +307,7 @@ def save_heatmaps(
     a # The arguments, as parsed
 ) -> int: # The exit code
     "Writes the heatmaps of many images, as pictures or numbers"
+    if os.path.exists(a.out) and not os.path.isdir(a.out): raise NotADirectoryError(f'--out is the file {a.out!r}; expected a folder')
     (files,gone,learn),done = _begin(a, a.out),0
     for hm,good in (_numbers if a.format=='npz' else _pictures)(a, learn, files, _request(a, learn)):
         done += len(good)
@@ -487,5 +488,5 @@ def main(
             tell(str(e).replace('pass overwrite=True', 'add --overwrite'))
             return 1
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
-            tell(e)
+            tell(f'{e.filename or a.out}: {e.strerror}' if getattr(e, 'strerror', None) else e) # a full disk does not say whose
             return 2 if isinstance(e, ValueError) else 1

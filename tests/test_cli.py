@@ -53,7 +53,7 @@ class Evil:
 
 
 def rows(out):
-    with open(out/'manifest.csv', newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
+    with open(out/'manifest.csv', newline='', encoding='utf-8', errors='surrogateescape') as f: return list(csv.DictReader(f))
 
 
 def one(res, rc, *words):
@@ -99,6 +99,7 @@ def test_photos_of_all_kinds(run, pets, pics, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     im.save(d/'rotated.jpg', exif=exif)
+    if sys.platform=='linux': os.symlink('good.jpg', os.fsencode(d)+b'/lat\xffin.jpg')
     for o in ('with space.jpg', 'new\nline.jpg', 'x'*240+'.jpg', 'ünï.jpg', 'sub/good.jpg'): im.save(d/o)
     Image.new('RGB', (9,9)).save(d/'.hidden.png')
     res = run('gradcam', path/'export.pkl', '--trust', 'photos', 'gone.jpg', '--top', 2, 'photos/sub/../good.jpg', '--bs', 5)
@@ -107,15 +108,16 @@ def test_photos_of_all_kinds(run, pets, pics, tmp_path):
     assert len(told)==4 and all(l.startswith('fastai-heatmaps: skipped: ') for l in told), res.stderr
     for o,words in {'gone.jpg': 'no file', 'cut.jpg': 'truncated', 'text.jpg': 'cannot identify', 'huge.png': '400000000 pixels'}.items(): assert any(o in l and words in l for l in told), o
     good = [f for f in sorted(get_image_files(d)) if f.name not in ('cut.jpg', 'text.jpg', 'huge.png', '.hidden.png')] + [d/'good.jpg']
-    assert len(res.stdout.splitlines())==len(good)+1==13 and res.stdout.splitlines()[-1]=='heatmaps: heatmaps of 12 images, 4 skipped'
+    n = len(good)
+    assert n>=12 and len(res.stdout.splitlines())==n+1 and res.stdout.splitlines()[-1]==f'heatmaps: heatmaps of {n} images, 4 skipped'
     assert r"'photos/new\nline.jpg': " in res.stdout
     got = rows(tmp_path/'heatmaps')
-    assert len(got)==24
-    with learn.no_bar(): want = learn.get_preds(dl=learn.dls.test_dl([tmp_path/got[0]['item'], *[tmp_path/o['item'] for o in got[2::2]]], num_workers=0))[0]
+    assert len(got)==2*n
+    with learn.no_bar(): want = learn.get_preds(dl=learn.dls.test_dl([tmp_path/o['item'] for o in got[::2]], num_workers=0))[0]
     assert [float(o['probability']) for o in got]==pytest.approx(want.sort(1, descending=True).values.flatten().tolist(), rel=1e-4)
     assert [o['cls'] for o in got]==[learn.dls.vocab[i] for i in want.sort(1, descending=True).indices.flatten()]
     files = {f.name for f in (tmp_path/'heatmaps').iterdir()}
-    assert files=={'manifest.csv', *[o[k] for o in got for k in ('map', 'heatmap', 'overlay')]} and len(files)==1+24*3
+    assert files=={'manifest.csv', *[o[k] for o in got for k in ('map', 'heatmap', 'overlay')]} and len(files)==1+2*n*3
     assert all(re.fullmatch(r'[\w-]{1,150}\.png', f) for f in files-{'manifest.csv'})
     assert {f.name for f in tmp_path.iterdir()}=={'photos', 'heatmaps'}
 
@@ -149,15 +151,18 @@ def test_no_learner(tmp_path, what):
 
 
 def test_weights(run, pets, pics, tmp_path):
-    "Weights give what the Learner gave that they were saved from, normalisation included; also those with the state of the optimizer"
+    "Weights give what the Learner gave that they were saved from, normalisation included; also those with the state of the optimizer. Images of a CSV, drawn on the originals"
     learn,path = pets
+    shutil.copytree(pics, tmp_path/'set'/'pics')
     (tmp_path/'classes.txt').write_text('\n'.join(learn.dls.vocab)+'\n')
     files = get_image_files(pics).sorted()
     with learn.no_bar(): hm = learn.get_heatmaps(files, cls='red')
-    res = run('gradcam', path/'pets.pth', pics, '--arch', 'squeezenet1_1', '--vocab', 'classes.txt', '--size', 64, '--cls', 'red', '--out', 'a', '--quiet')
+    with open(tmp_path/'set'/'a.csv', 'w', newline='') as f: csv.writer(f).writerows([['label', 'image'], *[[label(o), f'pics/{o.name}'] for o in files]])
+    res = run('gradcam', path/'pets.pth', 'set/a.csv', '--column', 'image', '--arch', 'squeezenet1_1', '--vocab', 'classes.txt', '--size', 64, '--cls', 'red', '--out', 'a', '--quiet', '--on', 'original', '--format', 'webp')
     assert res.returncode==0 and res.stdout==res.stderr=='', res.stderr
     got = rows(tmp_path/'a')
     assert [o['cls'] for o in got]==['Red']*12 and [float(o['probability']) for o in got]==pytest.approx(hm.preds[:,1].tolist(), rel=1e-4)
+    for o,r in zip(files, got): assert Path(r['item']).name==o.name and Image.open(tmp_path/'a'/r['overlay']).size==Image.open(o).size and r['map'].endswith('.webp')
     for o in ('pets.pth', 'pets.safetensors'):
         new = cli.open_learner(path/o, arch='squeezenet1_1', vocab='Blue_ish,Red', size=64)
         torch.testing.assert_close(new.get_heatmaps(files, cls='red').maps, hm.maps)
@@ -244,7 +249,7 @@ def test_wrong_names(pets, pics, tmp_path, monkeypatch, capsys):
     fails('--method saliency --layer 0.1', 2, 'looks at no layer')
     fails('--method cam', 2, 'CAM')
     (tmp_path/'file').touch()
-    fails('--out file', 1, 'file')
+    fails('--out file', 1, "--out is the file 'file'")
     assert [f.name for f in tmp_path.iterdir()]==['file']
 
 
@@ -272,6 +277,7 @@ def test_many_images(pets, pics, tmp_path, monkeypatch, capsys):
         n.append(len(items))
         return old(self, items, **kwargs)
     monkeypatch.setattr(Learner, 'get_heatmaps', spy)
+    monkeypatch.setattr(cli, '_parts', lambda n, bs: [slice(i, i+64) for i in range(0, n, 64)])
     assert cli.main(['gradcam', str(pets[1]/'export.pkl'), 'all', '--trust', '--cls', 'Red', '--format', 'jpg', '--out', 'all/out', '--bs', '12'])==1
     assert n==[64, 64, 63, 16]
     files.pop(100)
@@ -280,7 +286,7 @@ def test_many_images(pets, pics, tmp_path, monkeypatch, capsys):
     with pets[0].no_bar(): assert [float(o['probability']) for o in got]==pytest.approx(old(pets[0], files, cls='Red').preds[:,1].tolist(), rel=1e-4)
     out,err = capsys.readouterr()
     assert len(out.splitlines())==144 and err.count('\n')==1 and "'all/08/" in err
-    assert cli.main(['gradcam', str(pets[1]/'export.pkl'), 'all', '--trust', '--out', 'all/out', '--bs', '72', '--overwrite'])==1 # and its own pictures are not taken for photos
+    assert cli.main(['gradcam', str(pets[1]/'export.pkl'), 'all', '--trust', '--out', 'all/out', '--overwrite'])==1 # and its own pictures are not taken for photos
     assert 'heatmaps of 143 images, 1 skipped' in capsys.readouterr()[0]
 
 
@@ -302,3 +308,33 @@ def test_grid(run, pets, pics, tmp_path, monkeypatch, capsys):
 def test_methods(run):
     res = run('methods')
     assert res.returncode==0 and res.stdout==f'{heatmap_methods}\n' and res.stderr==''
+
+
+def test_numbers(pets, pics, tmp_path, monkeypatch, capsys):
+    "The numbers are those of the Learner; the same command goes on with a run, and another one does not mix with it"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pics, 'pics')
+    files = get_image_files(Path('pics')).sorted()
+    files[3].write_text('no image')
+    good = [f for f in files if f!=files[3]]
+    args = ['gradcam', str(pets[1]/'export.pkl'), 'pics', '--trust', '--format', 'npz', '--out', 'out', '--top', '2']
+    assert cli.main(args)==1
+    out,err = capsys.readouterr()
+    assert len(out.splitlines())==12 and err.count('\n')==1 and files[3].name in err
+    with pets[0].no_bar(): want = pets[0].get_heatmaps(good, topk=2)
+    got = load_heatmaps('out', pets[0].dls.test_dl(good))
+    torch.testing.assert_close(got.maps, want.maps)
+    torch.testing.assert_close(got.preds, want.preds)
+    assert got.cls.tolist()==want.cls.tolist() and got.vocab==list(pets[0].dls.vocab)
+    part = Path('out/part-00000000.npz')
+    data = part.read_bytes()
+    monkeypatch.setattr(Learner, 'get_heatmaps', lambda self, *args, **kwargs: 1/0)
+    assert cli.main(args)==1 and capsys.readouterr()[0]=='out: heatmaps of 11 images, 1 skipped\n' # and nothing is computed again
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    part.unlink()
+    assert cli.main(args)==1 and part.read_bytes()==data
+    capsys.readouterr()
+    assert cli.main([*args[:-1], '1'])==1 and 'another run: topk was 2 and is 1; choose another folder, or add --overwrite' in capsys.readouterr()[1]
+    assert part.read_bytes()==data
+    assert cli.main([*args[:-1], '1', '--overwrite'])==1 and load_heatmaps('out').cls.shape==(11,1)
