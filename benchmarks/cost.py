@@ -2,7 +2,7 @@
 
 resnet34 with random weights at 224×224, on the CPU or, where there is one, the GPU. Each ratio is the median over `reps` rounds in which both sides take turns,
 so that a busy machine slows both. Peak memory is measured in a fresh process each."""
-import json, subprocess, sys, tempfile, time
+import json, re, subprocess, sys, tempfile, time
 import numpy as np
 from fastcore.script import call_parse
 
@@ -44,7 +44,7 @@ def timed(f):
     return time.perf_counter()-t
 
 
-def ratio(f, base, reps):
+def ratio(f, base, reps, warm=warm):
     "Median over `reps` rounds of the time of `f` to that of `base`; which goes first changes from round to round"
     for _ in range(warm): f(); base()
     res = []
@@ -76,12 +76,16 @@ def measure_peak(what, n):
         torch.cuda.reset_peak_memory_stats()
         f()
         return torch.cuda.max_memory_allocated()/2**20
-    import resource # not on Windows
     f()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
+    return high_water()
 
 
-def folder_learner(path, n, bs):
+def high_water():
+    "Peak memory of this process in MB. Not `ru_maxrss`, which begins with that of the parent process"
+    return int(re.search(r'VmHWM:\s*(\d+)', open('/proc/self/status').read())[1])/2**10 # Linux
+
+
+def folder_learner(path, n, bs, arch=None):
     "A Learner on `n` photos in a folder, made on the spot"
     from fastai_heatmaps.all import np, Image, ImageDataLoaders, Resize, vision_learner, resnet34, set_seed
     set_seed(42)
@@ -91,7 +95,7 @@ def folder_learner(path, n, bs):
         to.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (30,40,3), dtype=np.uint8)).resize((400,300)).save(to/f'{i}.jpg')
     dls = ImageDataLoaders.from_folder(path, valid='valid', item_tfms=Resize(224), bs=bs)
-    return vision_learner(dls, resnet34, pretrained=False, normalize=False)
+    return vision_learner(dls, arch or resnet34, pretrained=False, normalize=False)
 
 
 def import_seconds():

@@ -31,6 +31,7 @@ def plain(
     if is_iter(o): return [plain(v) for v in o]
     return f'{getattr(o, "__module__", "")}.{getattr(o, "__qualname__", type(o).__qualname__)}' # of a function, its name
 
+# %% ../nbs/06_store.ipynb #aec83240
 def digest(
     o # Anything
 ) -> str:
@@ -40,6 +41,7 @@ def digest(
 # %% ../nbs/06_store.ipynb #cd414f0c
 def _file(folder, start): return folder/f'part-{start:08}.npz'
 
+# %% ../nbs/06_store.ipynb #c96d8b76
 def write_part(
     folder:Path,
     start:int, # The place of its first image in the whole
@@ -52,6 +54,7 @@ def write_part(
     else: arrays.update(maps=torch.cat([m.flatten() for m in hm.maps]), sizes=tensor([m.shape[1:] for m in hm.maps]))
     with whole_file(_file(folder, start)) as tmp, open(tmp, 'wb') as f: np.savez(f, **{k:np.asarray(v) for k,v in arrays.items()})
 
+# %% ../nbs/06_store.ipynb #0785092e
 def read_part(
     folder:Path,
     start:int, # The place of its first image in the whole
@@ -125,7 +128,7 @@ def load_heatmaps(
     parts = _parts(run)
     there = [(a, b) for a,b in parts if _file(folder, a).exists()]
     if there!=parts: raise ValueError(f"{folder} holds {sum(b-a for a,b in there)} of {run['n']} images: run get_heatmaps with the same arguments again, which goes on where it stopped")
-    if dl is not None and digest(items_of(dl, run['places']))!=run['items']: raise ValueError(f"dl has other images than {folder}: pass the DataLoader that the heatmaps were made of")
+    if dl is not None and (len(dl.dataset)<=max(run['places']) or digest(items_of(dl, run['places']))!=run['items']): raise ValueError(f"dl has other images than {folder}: pass the DataLoader that the heatmaps were made of")
     ds = [read_part(folder, a, b-a) for a,b in parts]
     def cat(k): return None if k not in ds[0] else torch.cat([d[k] for d in ds])
     maps = [m for d in ds for m in d['maps']]
