@@ -333,11 +333,11 @@ def save_grid(
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    from fastai_heatmaps.heatmaps import wrap_title
+    from fastai_heatmaps.heatmaps import wrap_title, whole_file
     axs = hm.plot()
     for f,ax in zip(good, axs.reshape(-1, hm.cls.shape[1]+1)[:,0]): wrap_title(ax, [_name(f.name)])
     out.parent.mkdir(parents=True, exist_ok=True)
-    axs.flat[0].figure.savefig(out, dpi=110, bbox_inches='tight')
+    with whole_file(out) as tmp: axs.flat[0].figure.savefig(tmp, format=out.suffix[1:].lower(), dpi=110, bbox_inches='tight')
     plt.close(axs.flat[0].figure)
     if not a.quiet: print(f"{_name(out)}: {_images(len(good))}{f', {skipped} skipped' if skipped else ''}")
     return int(skipped>0)
