@@ -16,6 +16,7 @@ from . import __version__
 from copy import copy
 from itertools import count
 from types import SimpleNamespace
+from zlib import crc32
 import csv,io,textwrap
 
 # %% ../nbs/06_heatmaps.ipynb #94989353
@@ -270,21 +271,21 @@ def whole_file(
     path:Path # The file
 ):
     "A context that gives a name to write to; what was written becomes the file `path` at its end, and is gone if there was an error"
-    tmp = path.with_name(f'.{path.stem[:100]}.{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{crc32(path.name.encode()):08x}.{os.getpid()}.tmp')
     try:
         yield tmp
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/06_heatmaps.ipynb #b43b42f1
 def file_names(
-    names:list # Of anything, as text
+    names:list, # Of anything, as text
+    most:int=80 # Bytes that a name may have, before a number is added
 ) -> list: # Of text
     "A name of its own for each of `names`, of letters, digits, '-' and '_'"
     used,res = set(),[]
     for n in names:
-        n = re.sub(r'[^\w-]+', '_', str(n)).strip('_').encode()[:80].decode(errors='ignore') or 'image'
+        n = re.sub(r'[^\w-]+', '_', str(n)).strip('_').encode()[:most].decode(errors='ignore') or 'image'
         res.append(next(o for o in (n if i==1 else f'{n}-{i}' for i in count(1)) if o.lower() not in used))
         used.add(res[-1].lower())
     return res
@@ -297,8 +298,8 @@ def add_rows(
     "Adds `rows` to a table, in the place of those of the same overlays"
     new,old = {r['overlay'] for r in rows},[]
     if table.exists():
-        with open(table, newline='', encoding='utf-8') as f: old = [o for o in csv.DictReader(f) if o['overlay'] not in new]
-    with whole_file(table) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+        with open(table, newline='', encoding='utf-8', errors='surrogateescape') as f: old = [o for o in csv.DictReader(f) if o['overlay'] not in new]
+    with whole_file(table) as tmp, open(tmp, 'w', newline='', encoding='utf-8', errors='surrogateescape') as f:
         out = csv.DictWriter(f, rows[0])
         out.writeheader()
         out.writerows(old+rows)
@@ -338,7 +339,7 @@ def save(self:Heatmaps,
     folder,kinds = Path(folder),('map', 'heatmap', 'overlay')
     names = names or [Path(o).stem if isinstance(o, (str, Path)) else f'image{i}' for o,i in zip(self.items, self.idxs)]
     if len(names)!=len(self): raise ValueError(f"there are {len(names)} names for {len(self)} images: pass one for each")
-    stems = iter(file_names([f'{n}-{c}' for n,row in zip(file_names(names), self.cls.tolist()) for c in file_names(map(self.name, row))]))
+    stems = iter(file_names([f'{n}-{c}' for n,row in zip(file_names(names), self.cls.tolist()) for c in file_names(map(self.name, row))], 161))
     rows = [[dict(item=str(o), cls=self.name(c), probability=f'{float(p[c]):.6g}', truth='' if self.targs is None else self.truth(i), method=self.method, layer=self.layer,
                   **{k:f'{s}-{k}.{fmt}' for k in kinds}, fastai_heatmaps=__version__, torch=torch.__version__) for c,s in zip(row, stems)]
             for i,(o,p,row) in enumerate(zip(self.items, self.preds, self.cls.tolist()))]

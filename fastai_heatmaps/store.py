@@ -52,7 +52,10 @@ def write_part(
     if hm.targs is not None: arrays['targs'] = hm.targs
     if isinstance(hm.maps, Tensor): arrays['maps'] = hm.maps
     else: arrays.update(maps=torch.cat([m.flatten() for m in hm.maps]), sizes=tensor([m.shape[1:] for m in hm.maps]))
-    with whole_file(_file(folder, start)) as tmp, open(tmp, 'wb') as f: np.savez(f, **{k:np.asarray(v) for k,v in arrays.items()})
+    with whole_file(_file(folder, start)) as tmp, open(tmp, 'wb') as f:
+        np.savez(f, **{k:np.asarray(v) for k,v in arrays.items()})
+        f.flush()
+        os.fsync(f.fileno()) # on the disk before it has its name
 
 # %% ../nbs/06_store.ipynb #0785092e
 def read_part(
