@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['heatmap_difference', 'compare_learners']
 
-# %% ../nbs/09_interpret.ipynb #826efcfe
+# %% ../nbs/09_interpret.ipynb #f93a3039
 from fastai.vision.all import *
 from .hooks import quiet, keep_random, unwrap
 from .targets import class_index
@@ -16,13 +16,13 @@ from contextlib import nullcontext
 from fastprogress.fastprogress import progress_bar
 import gc,textwrap
 
-# %% ../nbs/09_interpret.ipynb #e1ddc976
+# %% ../nbs/09_interpret.ipynb #437f43b8
 def _item_dl(interp, idxs): # the images at these places of the losses, as fastai's own pictures of them are made
     items = getattr(interp.dl, 'items', None)
     if items is None or len(items)!=len(interp.losses): raise ValueError("the images of these losses are not known: make the interpretation of a whole set, with from_learner(learn), or of learn.dls.test_dl(items, with_labels=True)")
     return interp.learn.dls.test_dl(getattr(items, 'iloc', L(items))[idxs], with_labels=True)
 
-# %% ../nbs/09_interpret.ipynb #ab59f980
+# %% ../nbs/09_interpret.ipynb #5100d34a
 def _answers(interp, dl): # what is predicted and what is true: two tensors of indices, (n,); as fastai decodes them, and without a trace
     learn,n = shadow(interp.learn),len(dl.dataset)
     if len(dl)==1: learn.remove_cb(ProgressCallback)
@@ -31,14 +31,14 @@ def _answers(interp, dl): # what is predicted and what is true: two tensors of i
         if not isinstance(o, Tensor) or o.numel()!=n or o is targs and o.is_floating_point(): raise ValueError("this needs one predicted and one true class for each image, and this Learner's data have no such: name the classes, as cls of top_losses_heatmaps")
     return [o.as_subclass(Tensor).reshape(n).long() for o in (preds, targs)]
 
-# %% ../nbs/09_interpret.ipynb #14e437b6
+# %% ../nbs/09_interpret.ipynb #2fbaf27c
 def _top(interp, k, largest): # the places of the top losses, picked as fastai's plot_top_losses does
     try: idxs = interp.top_losses(None, largest)[1][k] if is_listy(k) or isinstance(k, range) else interp.top_losses(k, largest)[1]
     except (RuntimeError, IndexError, TypeError, ValueError): idxs = []
     if not len(idxs): raise ValueError(f"k is {k!r}; expected 1 to {len(interp.losses)}, the number of losses, or a list of places from 0 to {len(interp.losses)-1}")
     return idxs.tolist()
 
-# %% ../nbs/09_interpret.ipynb #4de69522
+# %% ../nbs/09_interpret.ipynb #dab6eb8e
 @patch
 @delegates(Learner.get_heatmaps, but='items,topk,ds_idx,dl', keep=True)
 @keep_random()
@@ -53,7 +53,7 @@ def top_losses_heatmaps(self:Interpretation,
     if isinstance(cls, str) and cls=='both': cls = torch.stack(_answers(self, dl), 1)
     return self.learn.get_heatmaps(cls=None if isinstance(cls, str) and cls=='pred' else cls, dl=dl, **kwargs)
 
-# %% ../nbs/09_interpret.ipynb #e8d7e910
+# %% ../nbs/09_interpret.ipynb #3bf5bdf8
 def _panels(ax, k): # `ax`, with `k` panels in its place, the picture of `ax` in each
     if k==1: return [ax]
     spec,im = ax.get_subplotspec().subgridspec(1, k, wspace=.05),ax.images[0]
@@ -65,11 +65,11 @@ def _panels(ax, k): # `ax`, with `k` panels in its place, the picture of `ax` in
         res[-1].axis('off')
     return res
 
-# %% ../nbs/09_interpret.ipynb #047dc1a6
+# %% ../nbs/09_interpret.ipynb #b6e73e5e
 def _notes(hm, i, j): # what the title of a map says beside its class: that it is flat, what the method reports
     return [l for l in hm.title(i, j, truth=False)[0][1:] if not l.startswith('predicted: ')]
 
-# %% ../nbs/09_interpret.ipynb #85f774aa
+# %% ../nbs/09_interpret.ipynb #7a359e5d
 @delegates(Interpretation.top_losses_heatmaps, but='k,largest,cls', keep=True)
 def _plot_with_heatmaps(interp, k, largest=True,
     cls='pred', # 'pred' = the predicted class, in a multi-label task the most likely one; 'targ' = the true one; 'both', side by side; or a class or several, as in `get_heatmaps`
@@ -98,7 +98,7 @@ def _plot_with_heatmaps(interp, k, largest=True,
                 o.imshow(hm.maps[i][j], extent=o.images[0].get_extent(), alpha=alpha, interpolation=interpolation, cmap=cmap or scale['cmap'], vmin=scale['vmin'], vmax=scale['vmax'])
                 if j: o.set_title('\n'.join([hm.title(i, j, truth=False)[0][0], *_notes(hm, i, j)]))
 
-# %% ../nbs/09_interpret.ipynb #2165abd8
+# %% ../nbs/09_interpret.ipynb #d2520543
 @patch
 @delegates(_plot_with_heatmaps, but='k,largest', keep=True)
 def plot_top_losses(self:Interpretation,
@@ -110,7 +110,7 @@ def plot_top_losses(self:Interpretation,
     "Show `k` largest(/smallest) preds and losses, with `heatmap` and where the evidence for `cls` lies; further arguments are then those of `get_heatmaps` and the method, too. Raises ValueError as `top_losses_heatmaps` does, and where fastai draws no picture of each image"
     return _plot_with_heatmaps(self, k, largest, **kwargs) if heatmap else self._orig_plot_top_losses(k, largest, **kwargs)
 
-# %% ../nbs/09_interpret.ipynb #efc04cf7
+# %% ../nbs/09_interpret.ipynb #41966fcd
 @patch
 @delegates(Learner.get_heatmaps, but='items,cls,topk,ds_idx,dl', keep=True)
 @keep_random()
@@ -133,7 +133,7 @@ def confusion_heatmaps(self:ClassificationInterpretation,
     idxs = idxs[self.losses.as_subclass(Tensor)[idxs].argsort(descending=True)][:n].tolist()
     return self.learn.get_heatmaps(cls=torch.tensor([[p,t] if p!=t else [t]]*len(idxs)), dl=_item_dl(self, idxs), **kwargs)
 
-# %% ../nbs/09_interpret.ipynb #56c96716
+# %% ../nbs/09_interpret.ipynb #4cd38e24
 def _at_once(fs, relu): # a method that runs all of `fs` on what one forward pass gave, and the list where it leaves, for each layer, each one's maps and report
     out = []
     def f(probe):
@@ -149,14 +149,14 @@ def _at_once(fs, relu): # a method that runs all of `fs` on what one forward pas
     f.needs = 'layer'
     return f,out
 
-# %% ../nbs/09_interpret.ipynb #b102c4e1
+# %% ../nbs/09_interpret.ipynb #fb7e056d
 def _is_list(o): return isinstance(o, (list, tuple, L))
 
 def _label(o, model): # of a row
     if isinstance(o, nn.Module): return next((n for n,m in model.named_modules() if m is o), type(o).__name__)
     return o if isinstance(o, str) else getattr(getattr(o, 'func', o), '__name__', str(o))
 
-# %% ../nbs/09_interpret.ipynb #a3d3b7e3
+# %% ../nbs/09_interpret.ipynb #9d1d4497
 def _grid(rows, cols, img, figsize): # a figure of panels for pictures like `img`
     h,w = img.shape[-2:]
     width = min(2.6*w/h, 11/cols)
@@ -166,7 +166,7 @@ def _name_row(ax, name): # beside it, from bottom to top
     high = int(ax.get_position().height * ax.figure.get_figheight() * 12) # characters of this size, about
     ax.annotate('\n'.join(textwrap.fill(l, max(high, 12)) for l in str(name).split('\n')), (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center', multialignment='center', fontsize=10, parse_math=False)
 
-# %% ../nbs/09_interpret.ipynb #d3e0b9dd
+# %% ../nbs/09_interpret.ipynb #f900fa4b
 @patch
 @delegates(Learner.get_heatmaps, but='items,cls,method,layer,relu,ds_idx,dl', keep=True)
 @keep_random()
@@ -209,20 +209,20 @@ def compare_heatmaps(self:Learner,
             _name_row(ax[0], _label(name, model) + (f'\n{hm.maps.shape[2]}×{hm.maps.shape[3]}' if _is_list(layer) else ''))
     return axs
 
-# %% ../nbs/09_interpret.ipynb #d3dd4073
+# %% ../nbs/09_interpret.ipynb #112a2999
 def _load(name, o): # the Learner `o`, or that which the function `o` returns
     learn = o() if callable(o) and not isinstance(o, (Learner, nn.Module)) else o
     if isinstance(learn, Learner): return learn
     raise ValueError(f"{name!r} is a {type(o).__name__}{f' that returned a {type(learn).__name__}' if learn is not o else ''}; expected a Learner, or a function without arguments that returns one")
 
-# %% ../nbs/09_interpret.ipynb #ec8be31e
+# %% ../nbs/09_interpret.ipynb #b11614b5
 def _predicted(hm, i, j, truth): # title of a panel: with the model's own prediction, also where the truth is not known
     lines,color = hm.title(i, j, truth)
     p = hm.preds[i]
     if hm.task=='class' and hm.targs is None and (k:=int(p.argmax())) not in hm.cls[i]: lines.insert(1, f'predicted: {hm.name(k)}' + (f' {p[k]:.2f}' if 0<=p.min() and p.max()<=1 else ''))
     return lines,color
 
-# %% ../nbs/09_interpret.ipynb #1d8c9af4
+# %% ../nbs/09_interpret.ipynb #ce712a23
 def heatmap_difference(
     before:Heatmaps,
     after:Heatmaps # Of the same images and classes
@@ -241,7 +241,7 @@ def heatmap_difference(
     if len({m.shape for m in maps})==1: maps = torch.stack(maps)
     return Heatmaps(maps, after.cls, after.preds, after.targs, after.vocab, after.dl, after.idxs, after.task, dict(before=before.preds.gather(1, before.cls)), after.thresh)
 
-# %% ../nbs/09_interpret.ipynb #c3c2b491
+# %% ../nbs/09_interpret.ipynb #c106955a
 @delegates(Learner.get_heatmaps, but='items,cls,method,layer,relu,ds_idx,dl', keep=True)
 @keep_random()
 def compare_learners(

@@ -439,6 +439,15 @@ def test_compare_methods_of_all_kinds(learn, pics):
     assert learn.compare_heatmaps(f).shape==(4,1) and learn.compare_heatmaps(f, topk=2, method='saliency').shape==(1,2)
 
 
+def test_each_report_stays_with_its_method(learn, pics):
+    def told(probe):
+        probe.info['told'] = torch.full(probe.idxs.shape, .25)
+        return probe.acts.mean(1, keepdim=True)
+    told.needs = 'layer'
+    axs = learn.compare_heatmaps(get_image_files(pics)[0], method=['gradcam', told, 'hirescam'])
+    assert [('told' in title(o)) for o in axs[:,0]]==[False, True, False] and title(axs[1,0])=='told 0.25'
+
+
 def test_compare_layers(learn, pics):
     "One pass for all; each row is the map of its layer alone, at its own size"
     f,layers = get_image_files(pics)[1],['0.4', learn.model[0][6], '0.7']
