@@ -8,5 +8,6 @@ from .heatmaps import Heatmaps, show_overlay
 from .store import load_heatmaps
 from .learner import ImageError, open_image
 from .distributed import distrib_state, join_heatmaps
+from .interpret import heatmap_difference, compare_learners
 from . import explore as _explore # which gives the Learner its method
 from .samples import demo_labels, demo_image, demo_learner

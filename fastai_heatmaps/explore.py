@@ -116,7 +116,7 @@ def _png(hm, img, alpha): # its first map over `img`, as a picture; drawn withou
     h,w = img.shape[-2:]
     width = min(7, 4.5*w/h) # inches
     fig,buf = matplotlib.figure.Figure(figsize=(width, width*h/w+.7), layout='compressed'),io.BytesIO()
-    hm._draw(0, img, hm.maps[0], [fig.subplots()], alpha)
+    hm._draw(0, img, [fig.subplots()], alpha)
     fig.savefig(buf, format='png', dpi=100)
     return buf.getvalue()
 

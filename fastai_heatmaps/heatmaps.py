@@ -198,8 +198,8 @@ def _scales(self:Heatmaps, i, cmap=None, same_scale=False): # for each map of im
 
 # %% ../nbs/06_heatmaps.ipynb #dcb824bd
 @patch
-def _draw(self:Heatmaps, i, img, maps, axs, alpha=0.6, interpolation='bilinear', truth=True, **kwargs):
-    for j,(ax,m,scale) in enumerate(zip(axs, maps, self._scales(i, **kwargs))):
+def _draw(self:Heatmaps, i, img, axs, alpha=0.6, cmap=None, interpolation='bilinear', truth=True, same_scale=False, maps=None):
+    for j,(ax,m,scale) in enumerate(zip(axs, ifnone(maps, self.maps[i].float()), self._scales(i, cmap, same_scale))):
         show_overlay(img, m, ax, alpha, interpolation=interpolation, **scale)
         wrap_title(ax, *self.title(i, j, truth))
 
@@ -226,7 +226,7 @@ def show(self:Heatmaps,
         ctx = axs.flat[:k]
     axs = np.atleast_1d(ctx).ravel()
     if len(axs)!=k: raise ValueError(f"{k} classes need {k} Axes, not {len(axs)}: pass a list of them as ctx, or none")
-    with _closed_on_error(fig): self._draw(i, img, maps, axs, alpha, interpolation, cmap=cmap, same_scale=same_scale)
+    with _closed_on_error(fig): self._draw(i, img, axs, alpha, cmap, interpolation, same_scale=same_scale, maps=maps)
     return axs if k>1 else axs[0]
 
 # %% ../nbs/06_heatmaps.ipynb #13bb7a68
@@ -235,8 +235,6 @@ def show(self:Heatmaps,
 def plot(self:Heatmaps,
     ncols=None, # How many images a row, each with its heatmaps; None = about four panels a row
     figsize=None, # In inches
-    alpha=0.6, # Opacity of the maps: 0 to 1
-    interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
     **kwargs
 ): # An array of Axes, rows × columns
@@ -244,7 +242,7 @@ def plot(self:Heatmaps,
     n,k = len(self),self.cls.shape[1]
     if not n: raise ValueError("there are no heatmaps to draw")
     ncols = min(n, ncols or max(1, 4//(k+1)))
-    views = [self.view(i, on, interpolation, limit=1024) for i in range(n)]
+    views = [self.view(i, on, kwargs.get('interpolation', 'bilinear'), limit=1024) for i in range(n)]
     rows,cols = math.ceil(n/ncols),ncols*(k+1)
     width,shape = 12/max(cols, 4),np.median([im.shape[1]/im.shape[2] for im,_ in views])
     fig,axs = plt.subplots(rows, cols, figsize=figsize or (width*cols, rows*(width*shape+.35)), layout='compressed', squeeze=False)
@@ -253,7 +251,7 @@ def plot(self:Heatmaps,
         for i,((img,maps),group) in enumerate(zip(views, axs.reshape(-1, k+1))):
             show_image(img, ctx=group[0], cmap='gray')
             if self.targs is not None: wrap_title(group[0], [self.truth(i)])
-            self._draw(i, img, maps, group[1:], alpha, interpolation, truth=False, **kwargs)
+            self._draw(i, img, group[1:], truth=False, maps=maps, **kwargs)
     return axs
 
 # %% ../nbs/06_heatmaps.ipynb #e8d712cc

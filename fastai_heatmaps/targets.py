@@ -135,8 +135,8 @@ def class_index(
 def is_per_image(
     cls # As for `class_indices`
 ) -> bool:
-    "Does `cls` name one class for each image, rather than the same ones for all? A tensor or an array of indices does"
-    return isinstance(cls, (Tensor, np.ndarray)) and cls.ndim==1 and np.asarray(cls).dtype.kind in 'iu'
+    "Does `cls` name classes for each image, rather than the same ones for all? A tensor or an array of indices does"
+    return isinstance(cls, (Tensor, np.ndarray)) and cls.ndim in (1,2) and np.asarray(cls).dtype.kind in 'iu'
 
 # %% ../nbs/02_targets.ipynb #cbc27b68
 def check_per_image(
@@ -155,7 +155,7 @@ def as_list(
 
 # %% ../nbs/02_targets.ipynb #6a46ee68
 def class_indices(
-    cls, # None = the `topk` most likely; a class, a list of classes, or a tensor with one index for each image
+    cls, # None = the `topk` most likely; a class, a list of classes, or a tensor with one index for each image, or a row of k
     probs:Tensor, # Of shape (n, c)
     vocab=None, # The names of the classes, if they are known
     topk:int=1 # How many of the most likely, if `cls` is None
@@ -167,7 +167,7 @@ def class_indices(
         return probs.topk(topk, 1).indices
     if is_per_image(cls):
         check_per_image(cls, n)
-        return torch.tensor([[class_index(o.item(), c)] for o in cls], device=probs.device)
+        return torch.tensor([[class_index(o.item(), c) for o in row] for row in cls.reshape(n, -1)], device=probs.device)
     idxs = [class_index(o, c, vocab) for o in as_list(cls)]
     if not idxs: raise ValueError("the list of classes is empty: name at least one, or leave `cls` out for the predicted class")
     if len(set(idxs))<len(idxs): raise ValueError(f"a class appears twice in {as_list(cls)}, which is {idxs}: name each class once")
