@@ -6,4 +6,5 @@ from .cam import heatmap_methods, heatmap_method, model_heatmaps
 from .pixels import relu_rule
 from .heatmaps import Heatmaps, show_overlay
 from .learner import ImageError, open_image
+from .features import excite
 from .samples import demo_labels, demo_image, demo_learner

@@ -84,11 +84,11 @@ def test_public_names():
     "Star-importing gives what users call and nothing else, and every Learner has its methods"
     code = """import fastai.vision.all as fv, fastai_heatmaps.all as fh
 print(*sorted(n for n in vars(fh) if n[0]!='_' and vars(fh)[n] is not getattr(fv, n, None)))
-print(*[hasattr(fh.Learner, n) for n in 'get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid'.split()])"""
+print(*[hasattr(fh.Learner, n) for n in 'get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture'.split()])"""
     names,methods = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert set(names.split())=={'Heatmaps', 'ImageError', 'demo_image', 'demo_labels', 'demo_learner', 'heatmap_method', 'heatmap_methods',
+    assert set(names.split())=={'Heatmaps', 'ImageError', 'demo_image', 'demo_labels', 'demo_learner', 'excite', 'heatmap_method', 'heatmap_methods',
                                 'in_mask', 'layer_shapes', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
-    assert methods.split()==['True']*7
+    assert methods.split()==['True']*13
 
 
 @pytest.mark.parametrize('fn', nbs, ids=lambda o: o.name)
