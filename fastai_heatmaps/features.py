@@ -88,11 +88,11 @@ def show_filters(self:Learner,
             wrap_title(ax, [title, f"{rows} of {O} filters, {h}×{w}" + (' in RGB' if I==3 else '' if I==1 else f"; rows: {o} channels 0 to {rows-1}, columns: {i} channels 0 to {cols-1} of {I}")])
     return axs if fresh else axs[0]
 
-# %% ../nbs/08_features.ipynb #b42618dd
+# %% ../nbs/08_features.ipynb #397ecf3a
 class OutputsCallback(Callback):
-    "Keeps what layers put out for the first image of a batch: `outputs`, name -> (C, h, w), in the order in which they run"
+    "Keeps what layers put out for the first image of a batch: `maps`, name -> (C, h, w), in the order in which they run"
     order = 100 # after the callbacks that change the input
-    def __init__(self, layer): self.layer,self.outputs,self.stack = layer,{},ExitStack()
+    def __init__(self, layer): self.layer,self.maps,self.stack = layer,{},ExitStack()
 
     def __call__(self, event_name):
         "Call `event_name`; an error keeps its one line, which fastai would wrap in several"
@@ -111,11 +111,11 @@ class OutputsCallback(Callback):
     def after_pred(self):
         "Keep the outputs, and leave the prediction as it would be without"
         self.stack.close()
-        self.outputs = {n:to_cpu(as_map(h.stored, self.xb[0])[0].detach().as_subclass(Tensor).float()) for n,h in zip(self.names, self.hooks)}
+        self.maps = {n:to_cpu(as_map(h.stored, self.xb[0])[0].detach().as_subclass(Tensor).float()) for n,h in zip(self.names, self.hooks)}
         torch.set_grad_enabled(False)
         self.learn.pred = to_detach(self.pred, cpu=False, gather=False)
 
-# %% ../nbs/08_features.ipynb #b0e14ab2
+# %% ../nbs/08_features.ipynb #7935e914
 @patch
 @keep_random()
 def get_feature_maps(self:Learner,
@@ -129,7 +129,7 @@ def get_feature_maps(self:Learner,
     run.remove_cb(ProgressCallback)
     dl = image_dl(self.dls, split_labels([img], output_names(self))[0])
     with quiet(run.model), cb.stack: run.get_preds(dl=dl, act=noop, reorder=False, cbs=cb, inner=True, with_preds=False, with_targs=False)
-    return cb.outputs
+    return cb.maps
 
 # %% ../nbs/08_features.ipynb #98fa4b17
 @patch
