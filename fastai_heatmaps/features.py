@@ -169,10 +169,10 @@ def show_feature_maps(self:Learner,
                 res[i,j] = axs[j]
     return res
 
-# %% ../nbs/08_features.ipynb #48fe2b2f
-_colors = torch.stack([tensor([1.,1,1])/3**.5, tensor([1.,0,-1])/2**.5, tensor([1.,-2,1])/6**.5]) * tensor([[1.6],[.8],[.4]])
+# %% ../nbs/08_features.ipynb #5fb7e17c
+_colors = torch.stack([tensor([1.,1,1])/3**.5, tensor([1.,0,-1])/2**.5, tensor([1.,-2,1])/6**.5]) * tensor([[1.6],[.6],[.3]])
 
-# %% ../nbs/08_features.ipynb #b9a5616c
+# %% ../nbs/08_features.ipynb #18027d76
 class Waves(nn.Module):
     "A picture (1, C, H, W) in 0 to 1, as the amplitudes of its waves"
     def __init__(self,
@@ -190,7 +190,7 @@ class Waves(nn.Module):
 
     def forward(self):
         x = torch.fft.irfft2(torch.view_as_complex(self.waves)*self.scale, s=self.shape[1:])
-        if len(x)==3: x = torch.einsum('khw,kc->chw', x, _colors.to(x))
+        if len(x)==3: x = (_colors.to(x)[...,None,None]*x[:,None]).sum(0) # each wave in its colour
         return x.sigmoid()[None]
 
 # %% ../nbs/08_features.ipynb #a2a0382b
@@ -245,7 +245,7 @@ def blank(
 # %% ../nbs/08_features.ipynb #1ac7ea20
 def _scores(pred, n, vocab, score): return class_scores(score(pred) if score else pred.mean((2,3)) if is_dense(pred) else pred, n, vocab)
 
-# %% ../nbs/08_features.ipynb #8eb90d77
+# %% ../nbs/08_features.ipynb #aed49bc4
 @patch
 @keep_random()
 def _class_images(self:Learner, cls, layer, channel, steps, size, seed, score): # the pictures (k, C, H, W), and a title for each
@@ -272,6 +272,7 @@ def _class_images(self:Learner, cls, layer, channel, steps, size, seed, score): 
         o = output(torch.zeros(1, *shape, device=x.device))
         if not isinstance(o, Tensor) or o.ndim<2: raise ValueError(f"{name} puts out no tensor (n, C, ...): choose another layer")
         chans = [] if channel is None else as_list(channel)
+        if channel is not None and not chans: raise ValueError("the list of channels is empty: name at least one, or leave it out for all of them together")
         for c in chans:
             if not isinstance(c, (int, np.integer)) or not 0<=c<o.shape[1]: raise ValueError(f"no channel {c!r} in {name}: it has {o.shape[1]}, 0 to {o.shape[1]-1}")
         if not chans: return search(lambda p: output(p).pow(2).mean())[None],[name]

@@ -250,12 +250,21 @@ def test_class_image_of_other_tasks(pics):
 
 def test_class_image_bad_input(learn):
     for kwargs,msg in [({}, 'expected a class, or a layer'), (dict(cls='Red', layer='0.4'), 'expected a class, or a layer'), (dict(cls='Redd'), "closest names are 'Red'"), (dict(cls=2), '0 to 1'), (dict(cls=[]), 'list of classes is empty'),
-                       (dict(layer='0.44'), 'closest names'), (dict(layer='0.4', channel=64), 'no channel 64 in 0.4: it has 64, 0 to 63'), (dict(cls='Red', channel=1), 'of which layer'), (dict(cls='Red', steps=0), 'steps is 0'),
+                       (dict(layer='0.44'), 'closest names'), (dict(layer='0.4', channel=64), 'no channel 64 in 0.4: it has 64, 0 to 63'), (dict(layer='0.4', channel=[]), 'list of channels is empty'), (dict(cls='Red', channel=1), 'of which layer'), (dict(cls='Red', steps=0), 'steps is 0'),
                        (dict(cls=['Red', 'Red']), 'twice'), (dict(cls='Red', ctx=plt.subplots(1, 2)[1]), 'need 1 Axes')]:
         figs = plt.get_fignums()
         with pytest.raises(ValueError, match=msg) as e: learn.show_class_image(**kwargs)
         assert '\n' not in str(e.value)
     assert figs==plt.get_fignums()[:len(figs)]
+
+
+def test_callers_modes(learn, pics):
+    "Under autocast and in inference mode too"
+    want = learn.get_class_image('Red', steps=3)
+    with torch.inference_mode():
+        torch.testing.assert_close(learn.get_class_image('Red', steps=3), want)
+        learn.show_feature_maps(get_image_files(pics)[0], n=2)
+    with torch.autocast('cpu', torch.bfloat16): torch.testing.assert_close(learn.get_class_image('Red', steps=3), want, atol=.1, rtol=0)
 
 
 def test_class_image_of_the_demo(demo):
