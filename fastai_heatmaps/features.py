@@ -193,25 +193,25 @@ class Waves(nn.Module):
         if len(x)==3: x = (_colors.to(x)[...,None,None]*x[:,None]).sum(0) # each wave in its colour
         return x.sigmoid()[None]
 
-# %% ../nbs/08_features.ipynb #a2a0382b
+# %% ../nbs/08_features.ipynb #2dc60703
 def moved(
     x:Tensor, # Pictures (n, C, H, W)
     generator:torch.Generator, # Where the random numbers come from
-    shift:float=.13, # By how much of its size it is moved at most
-    turn:float=20., # Degrees
-    zoom:float=.5 # By how much it is scaled: from 1-zoom to 1+zoom
+    shift:float=.1, # By how much of its size it is moved at most
+    turn:float=20., # Degrees, at most
+    part:tuple=(.5,1.05) # How much of the picture's side is seen: from half of it, twice as large, to a little more than all
 ) -> Tensor: # As `x`
-    "`x` moved, turned and scaled at random, mirrored at its edges"
+    "`x` moved, turned and scaled at random, and mirrored at its edges"
     t,z,dx,dy = (torch.rand(4, generator=generator)*2-1).tolist()
-    t,z = math.radians(t*turn),1+z*zoom
+    t,z = math.radians(t*turn),part[0]+(part[1]-part[0])*(z+1)/2
     m = tensor([[math.cos(t)*z, -math.sin(t)*z, 2*dx*shift], [math.sin(t)*z, math.cos(t)*z, 2*dy*shift]])
     return F.grid_sample(x, F.affine_grid(m[None].to(x).expand(len(x), 2, 3), x.shape, align_corners=False), padding_mode='reflection', align_corners=False)
 
-# %% ../nbs/08_features.ipynb #1a46b1fb
+# %% ../nbs/08_features.ipynb #0bf332b1
 def excite(
     f:callable, # A picture (1, C, H, W) in 0 to 1 -> a number: what is to be raised
     shape:tuple, # C, H, W
-    steps:int=256, # How many
+    steps:int=512, # How many
     seed:int=0, # The same seed gives the same picture
     lr:float=.05, # Of the first steps; it sinks to 0, so that the last ones only draw what is there already
     device=None, # Where to compute
@@ -278,13 +278,13 @@ def _class_images(self:Learner, cls, layer, channel, steps, size, seed, score): 
         if not chans: return search(lambda p: output(p).pow(2).mean())[None],[name]
         return torch.stack([search(lambda p: output(p)[:,c].mean()) for c in chans]),[f'{name}, channel {c}' for c in chans]
 
-# %% ../nbs/08_features.ipynb #3989b896
+# %% ../nbs/08_features.ipynb #fd86e83f
 @patch
 def get_class_image(self:Learner,
     cls=None, # A class by name or index, or a list of classes
     layer=None, # Instead of a class: a module, or its dotted name
     channel=None, # Of `layer`: an index, or a list of them; None = all of them together
-    steps:int=256, # Of the search for each picture
+    steps:int=512, # Of the search for each picture
     size=None, # Pixels of the picture: a number, or (height, width); None = as the DataLoaders make them
     seed:int=0, # The same seed gives the same picture, also beside others
     score=None # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
@@ -292,7 +292,7 @@ def get_class_image(self:Learner,
     "The pictures that excite classes, or channels of a layer, most: see `excite`. Raises ValueError where a class, layer or channel is not right"
     return self._class_images(cls, layer, channel, steps, size, seed, score)[0]
 
-# %% ../nbs/08_features.ipynb #b29eeb25
+# %% ../nbs/08_features.ipynb #f4e22b1c
 @patch
 @delegates(Learner.get_class_image, but='cls,layer,channel', keep=True)
 def show_class_image(self:Learner,
@@ -307,7 +307,7 @@ def show_class_image(self:Learner,
     several,fig = [o for o in (cls, channel) if is_iter(o) and not isinstance(o, str)],None
     k = len(several[0]) if several else 1
     if ctx is not None and len(np.atleast_1d(ctx).ravel())!=k: raise ValueError(f"{k} pictures need {k} Axes: pass a list of them as ctx, or none")
-    pics,titles = self._class_images(cls, layer, channel, **{**dict(steps=256, size=None, seed=0, score=None), **kwargs})
+    pics,titles = self._class_images(cls, layer, channel, **{**dict(steps=512, size=None, seed=0, score=None), **kwargs})
     if ctx is None:
         rows,cols = math.ceil(k/4),min(k, 4)
         fig,axs = plt.subplots(rows, cols, figsize=figsize or (max(3*cols, 4), max(3.25*rows, 4.25*(k==1))), layout='compressed', squeeze=False)

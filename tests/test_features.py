@@ -173,11 +173,11 @@ def test_colours_are_those_of_photos():
 def test_moved():
     "A point goes where the formula says; without movement nothing changes"
     x = torch.rand(1, 3, 8, 8)
-    torch.testing.assert_close(moved(x, torch.Generator(), 0, 0, 0), x)
+    torch.testing.assert_close(moved(x, torch.Generator(), 0, 0, (1,1)), x)
     x = torch.zeros(1, 1, 101, 101)
     x[0,0,48:53,48:53] = 1 # in the middle
     t,z,dx,dy = (torch.rand(4, generator=torch.Generator().manual_seed(5))*2-1).tolist()
-    got = moved(x, torch.Generator().manual_seed(5), shift=.2, turn=0, zoom=.3)[0,0]
+    got = moved(x, torch.Generator().manual_seed(5), shift=.2, turn=0, part=(.7,1.3))[0,0]
     ys,xs = torch.meshgrid(*[torch.arange(101.)]*2, indexing='ij')
     z = 1+z*.3
     want = 50-101*.2*tensor([dy,dx])/z # output position p sees z*p + shift
