@@ -7,8 +7,7 @@ from .pixels import relu_rule
 from .heatmaps import Heatmaps, show_overlay
 from .store import load_heatmaps
 from .learner import ImageError, open_image
-from .features import excite
 from .distributed import distrib_state, join_heatmaps
 from .interpret import heatmap_difference, compare_learners
-from . import explore as _explore # which gives the Learner its method
+from . import features as _features, explore as _explore # which give the Learner their methods
 from .samples import demo_labels, demo_image, demo_learner

@@ -88,7 +88,7 @@ print(*[hasattr(fh.Learner, n) for n in '''get_heatmaps show_heatmap show_gradca
     get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture'''.split()])
 print(*[hasattr(fv.ClassificationInterpretation, n) for n in 'top_losses_heatmaps confusion_heatmaps'.split()])"""
     names,methods,interp = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert set(names.split())=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'excite', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
+    assert set(names.split())=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
                                 'in_mask', 'join_heatmaps', 'layer_shapes', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
     assert methods.split()==['True']*16 and interp.split()==['True']*2
 
