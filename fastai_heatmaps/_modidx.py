@@ -155,7 +155,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fastai_heatmaps.features.Waves.forward': ( 'features.html#waves.forward',
                                                                                       'fastai_heatmaps/features.py'),
                                           'fastai_heatmaps.features._mosaic': ('features.html#_mosaic', 'fastai_heatmaps/features.py'),
-                                          'fastai_heatmaps.features._scores': ('features.html#_scores', 'fastai_heatmaps/features.py'),
                                           'fastai_heatmaps.features.blank': ('features.html#blank', 'fastai_heatmaps/features.py'),
                                           'fastai_heatmaps.features.excite': ('features.html#excite', 'fastai_heatmaps/features.py'),
                                           'fastai_heatmaps.features.filter_grid': ( 'features.html#filter_grid',

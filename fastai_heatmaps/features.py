@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['get_conv', 'filter_grid', 'OutputsCallback', 'Waves', 'moved', 'excite', 'blank', 'model_parts']
 
-# %% ../nbs/08_features.ipynb #da75ab81
+# %% ../nbs/08_features.ipynb #5f730755
 from fastai.vision.all import *
 from .hooks import quiet, keep_random, leaf_hooks, gradients, unwrap
 from .layers import layer_shapes, map_shapes, as_map, no_map, default_layer, get_layer, find_layers, _plain
 from .targets import class_indices, class_probs, class_scores, is_dense, activation, as_list
 from .heatmaps import wrap_title, _closed_on_error
 from .learner import image_dl, split_labels, shadow, output_names
-from contextlib import ExitStack,nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from fastprogress.fastprogress import progress_bar
 
@@ -172,7 +172,7 @@ def show_feature_maps(self:Learner,
 # %% ../nbs/08_features.ipynb #5fb7e17c
 _colors = torch.stack([tensor([1.,1,1])/3**.5, tensor([1.,0,-1])/2**.5, tensor([1.,-2,1])/6**.5]) * tensor([[1.6],[.6],[.3]])
 
-# %% ../nbs/08_features.ipynb #18027d76
+# %% ../nbs/08_features.ipynb #16783890
 class Waves(nn.Module):
     "A picture (1, C, H, W) in 0 to 1, as the amplitudes of its waves"
     def __init__(self,
@@ -185,7 +185,7 @@ class Waves(nn.Module):
         c,h,w = self.shape = shape
         freq = (torch.fft.fftfreq(h)[:,None]**2 + torch.fft.rfftfreq(w)**2).sqrt().clamp(min=1/max(h, w))
         scale = freq**-decay
-        self.register_buffer('scale', scale/scale.norm() * 1.1*h*w)
+        self.register_buffer('scale', scale/scale.norm() * 1.1*h*w) # the same contrast at any size and decay
         self.waves = nn.Parameter(torch.randn(c, h, w//2+1, 2, generator=generator)*std)
 
     def forward(self):
@@ -207,12 +207,12 @@ def moved(
     m = tensor([[math.cos(t)*z, -math.sin(t)*z, 2*dx*shift], [math.sin(t)*z, math.cos(t)*z, 2*dy*shift]])
     return F.grid_sample(x, F.affine_grid(m[None].to(x).expand(len(x), 2, 3), x.shape, align_corners=False), padding_mode='reflection', align_corners=False)
 
-# %% ../nbs/08_features.ipynb #0bf332b1
+# %% ../nbs/08_features.ipynb #957dda0c
 def excite(
     f:callable, # A picture (1, C, H, W) in 0 to 1 -> a number: what is to be raised
     shape:tuple, # C, H, W
     steps:int=512, # How many
-    seed:int=0, # The same seed gives the same picture
+    seed:int=0, # The same seed gives the same picture on the same machine
     lr:float=.05, # Of the first steps; it sinks to 0, so that the last ones only draw what is there already
     device=None, # Where to compute
     bar:callable=noop # What to make of the steps: a progress bar
@@ -241,9 +241,6 @@ def blank(
         return pics
     x = dl.one_batch()[0].as_subclass(Tensor)
     return next((x.to(p.device) for p in learn.model.parameters()), x),prepare
-
-# %% ../nbs/08_features.ipynb #1ac7ea20
-def _scores(pred, n, vocab, score): return class_scores(score(pred) if score else pred.mean((2,3)) if is_dense(pred) else pred, n, vocab)
 
 # %% ../nbs/08_features.ipynb #aed49bc4
 @patch
@@ -278,7 +275,7 @@ def _class_images(self:Learner, cls, layer, channel, steps, size, seed, score): 
         if not chans: return search(lambda p: output(p).pow(2).mean())[None],[name]
         return torch.stack([search(lambda p: output(p)[:,c].mean()) for c in chans]),[f'{name}, channel {c}' for c in chans]
 
-# %% ../nbs/08_features.ipynb #fd86e83f
+# %% ../nbs/08_features.ipynb #050634d8
 @patch
 def get_class_image(self:Learner,
     cls=None, # A class by name or index, or a list of classes
@@ -286,7 +283,7 @@ def get_class_image(self:Learner,
     channel=None, # Of `layer`: an index, or a list of them; None = all of them together
     steps:int=512, # Of the search for each picture
     size=None, # Pixels of the picture: a number, or (height, width); None = as the DataLoaders make them
-    seed:int=0, # The same seed gives the same picture, also beside others
+    seed:int=0, # The same seed gives the same picture on the same machine, also beside others
     score=None # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
 ) -> Tensor: # (k, C, H, W) in 0 to 1, on the CPU
     "The pictures that excite classes, or channels of a layer, most: see `excite`. Raises ValueError where a class, layer or channel is not right"
