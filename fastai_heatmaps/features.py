@@ -127,7 +127,7 @@ def get_feature_maps(self:Learner,
     run,cb = shadow(self),OutputsCallback(layer)
     if layer is not None: cb.layer = find_layers(run.model, layer) # a wrong name is told before the model runs
     run.remove_cb(ProgressCallback)
-    dl = image_dl(self.dls, split_labels([img], output_names(self))[0])
+    dl = image_dl(run.dls, split_labels([img], output_names(self))[0])
     with quiet(run.model), cb.stack: run.get_preds(dl=dl, act=noop, reorder=False, cbs=cb, inner=True, with_preds=False, with_targs=False)
     return cb.maps
 
