@@ -92,11 +92,11 @@ def _plot_with_heatmaps(interp, k, largest=True,
         common = color_scale(hm.maps)
         for i,ax in enumerate(photos[::len(photos)//n]): # of a mask there are three: input, target, prediction
             known = hm.task=='class' and isinstance(cls, str) and cls in ('pred', 'targ', 'both') # fastai's title says what is explained
-            ax.set_title('\n'.join([ax.get_title(), *([] if known else hm.title(i, 0, truth=False)[0][:1]), *_notes(hm, i, 0)]))
+            lines = [ax.get_title(), *([] if known else hm.title(i, 0, truth=False)[0][:1]), *_notes(hm, i, 0)]
             for j,o in enumerate(_panels(ax, c)):
                 scale = common if same_scale else color_scale([hm.maps[i][j]], common['vmin']<0)
                 o.imshow(hm.maps[i][j], extent=o.images[0].get_extent(), alpha=alpha, interpolation=interpolation, cmap=cmap or scale['cmap'], vmin=scale['vmin'], vmax=scale['vmax'])
-                if j: o.set_title('\n'.join([hm.title(i, j, truth=False)[0][0], *_notes(hm, i, j)]))
+                wrap_title(o, [hm.title(i, j, truth=False)[0][0], *_notes(hm, i, j)] if j else lines)
 
 # %% ../nbs/09_interpret.ipynb #d2520543
 @patch
