@@ -11,7 +11,8 @@ from .hooks import quiet, keep_random, leaf_hooks, gradients, unwrap
 from .layers import layer_shapes, map_shapes, as_map, no_map, default_layer, get_layer, find_layers, _plain
 from .targets import class_indices, class_probs, class_scores, is_dense, activation, as_list
 from .heatmaps import wrap_title, _closed_on_error
-from .learner import image_dl, split_labels, shadow, output_names
+from .learner import OpenImage, image_dl, split_labels, shadow, output_names
+from fastai.learner import _ConstantFunc
 from contextlib import ExitStack
 from copy import deepcopy
 from fastprogress.fastprogress import progress_bar
@@ -232,9 +233,12 @@ def excite(
 # %% ../nbs/08_features.ipynb #ad9ac111
 def blank(
     learn:Learner
-) -> tuple: # An empty image as the model takes it (1, C, H, W); what makes such an input of pictures (n, C, H, W) in 0 to 1
+) -> tuple: # An image as the model takes it (1, C, H, W), empty where that can be; what makes such an input of pictures (n, C, H, W) in 0 to 1
     "What the DataLoaders of `learn` make of an image: its shape, and their `Normalize`"
     dl = image_dl(learn.dls, [np.zeros((224,224,3), dtype=np.uint8)])
+    tl = dl.dataset.tls[0] if isinstance(dl.dataset, Datasets) else dl.dataset
+    if not any(isinstance(f, OpenImage) for f in tl.tfms.fs) and len(learn.dls.valid_ds): # opened by a function of the user's own, which knows its own items
+        dl = learn.dls.valid.new(bs=1, n=1, shuffle=False, drop_last=False, num_workers=0, get_idxs=_ConstantFunc([0]))
     norms = [t for p in (dl.after_item, dl.after_batch) for t in p.fs if isinstance(t, Normalize)]
     def prepare(pics):
         for t in norms: pics = (pics-t.mean.to(pics))/t.std.to(pics)

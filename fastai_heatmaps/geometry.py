@@ -19,11 +19,17 @@ def original(
     im = o[0] if isinstance(o, tuple) else o
     if not hasattr(dl, 'after_item') or not isinstance(im, Image.Image): raise ValueError(f"on='original' follows photos through fastai's transforms, and this {type(dl).__name__} has a {type(im).__name__}: leave `on` out")
     xy = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 33)]*2, indexing='xy'), -1)
-    def tfms(p): return Pipeline([f for f in p.fs if not isinstance(f, PointScaler)], getattr(dl.dataset, 'split_idx', None)) # the points are scaled already
+    idx,points = getattr(dl.dataset, 'split_idx', None),TensorPoint(xy.view(-1, 2), sz=im.size)
     with keep_random():
-        b = dl.do_batch([tfms(dl.after_item)((im, TensorPoint(xy.view(-1, 2), sz=im.size)))])
-        pts = to_cpu(tfms(dl.after_batch)(to_device(b, dl.device))[1])
-    return im, pts.as_subclass(Tensor).float().view(1, 33, 33, 2).permute(0, 3, 1, 2)
+        b = dl.do_batch([Pipeline([f for f in dl.after_item.fs if not isinstance(f, PointScaler)], idx)((im, points))]) # the points are scaled already
+        x,points = to_device(b, dl.device)
+        for f in dl.after_batch.fs:
+            if not isinstance(f, RandomResizedCropGPU): x,points = f((x, points), split_idx=idx)
+            else: # which would cut points as if they were pictures
+                (h,w),(x,) = x.shape[-2:],f((x,), split_idx=idx)
+                (ch,cw),(t,l) = f.cp_size,f.tl
+                points = TensorPoint((points+1)*points.new_tensor([w/cw,h/ch]) - points.new_tensor([2*l/cw,2*t/ch]) - 1)
+    return im, to_cpu(points).as_subclass(Tensor).float().view(1, 33, 33, 2).permute(0, 3, 1, 2)
 
 # %% ../nbs/06_geometry.ipynb #6545c79a
 def on_photo(

@@ -83,7 +83,10 @@ def _plot_with_heatmaps(interp, k, largest=True,
     **kwargs
 ):
     hm,before = interp.top_losses_heatmaps(k, largest, cls, **kwargs),plt.get_fignums()
-    interp._orig_plot_top_losses(k, largest, nrows=nrows, ncols=ncols, figsize=figsize)
+    try: interp._orig_plot_top_losses(k, largest, nrows=nrows, ncols=ncols, figsize=figsize)
+    except Exception as e:
+        if 'not implemented' in str(e): raise ValueError(f"fastai draws no top losses of such data ({' '.join(str(e).split())}): use top_losses_heatmaps(k).plot()") from None
+        raise
     fig,(n,c) = plt.gcf() if set(plt.get_fignums())-set(before) else None,hm.cls.shape
     with _closed_on_error(fig):
         photos = [ax for ax in fig.axes if ax.images] if fig else []

@@ -189,7 +189,7 @@ def task(
 ) -> str: # 'class', 'classes', 'numbers' or 'pixels', see `Heatmaps`
     "What the numbers are that the model puts out"
     if dense: return 'pixels'
-    if _is_loss(learn.loss_func, _distances): return 'numbers'
+    if _is_loss(learn.loss_func, _distances) or vocab is None and targs is not None and targs.is_floating_point(): return 'numbers'
     several = targs is not None and targs.ndim==2 and targs.shape==probs.shape
     return 'classes' if vocab and len(vocab)==probs.shape[1] and (several or _is_loss(learn.loss_func, _binary) and targs is None and len(vocab)!=2) else 'class'
 
@@ -275,7 +275,7 @@ def get_heatmaps(self:Learner,
         go(dl, places)
         return made(range_of(places))
     out = Path(out)
-    parts = open_store(out, run_info(run.model, dl, places, dict(method=method, layer=layer, cls=cls, relu=relu, topk=topk, score=score, bs=bs, dtype=str(dtype), options=options), vocab, getattr(self.loss_func, 'thresh', .5)))
+    parts = open_store(out, run_info(run.model, dl, places, dict(method=method, layer=layer and [n for n,m in run.model.named_modules() if any(m is o for o in layer)], cls=cls, targs=targs, relu=relu, topk=topk, score=score, bs=bs, dtype=str(dtype), options=options), vocab, getattr(self.loss_func, 'thresh', .5)))
     rows = [i for a,b in parts for i in range(a, b)]
     if is_per_image(cls): cb.cls = cls[rows]
     def write():

@@ -334,3 +334,13 @@ def test_no_trace_after_an_error(learn, pics, call, what):
     with pytest.raises(what): calls[call](learn, get_image_files(pics)[0])
     same(before, state(learn.model, learn))
     assert not plt.get_fignums()
+
+
+def test_images_opened_by_a_function_of_ones_own(pics):
+    "It knows its own items, and no others: so the first of the validation set shows how large images are"
+    class Read(Transform):
+        def encodes(self, fn:Path): return TensorImage(image2tensor(Image.open(fn).convert('RGB').resize((64,48))))
+    learn = pic_learner(pics)
+    learn.dls = DataBlock((TransformBlock(type_tfms=Read(), batch_tfms=IntToFloatTensor()), CategoryBlock), get_items=get_image_files, get_y=label, splitter=IndexSplitter(range(6))).dataloaders(pics, bs=2, num_workers=0, device='cpu')
+    assert '3×48×64' in [t.get_text() for t in learn.show_architecture().texts]
+    assert learn.get_class_image('Red', steps=2).shape==(1,3,48,64)

@@ -130,26 +130,27 @@ def test_targets_and_sizes(demo, tmp_path):
     assert same(want, got) and torch.equal(want.targs, got.targs) and [m.shape for m in want.maps]==[m.shape for m in got.maps] and len({m.shape for m in got.maps})>1
 
 
-def stop_after(n):
-    "A method that is interrupted at batch `n`"
-    calls = []
+@pytest.fixture
+def stopping():
+    "A method, the batches that it has seen, and at which of them it is interrupted"
+    calls,stop = [],[99]
     def method(acts, grads):
         calls.append(1)
-        if len(calls)>n: raise KeyboardInterrupt
+        if len(calls)>stop[0]: raise KeyboardInterrupt
         return (acts*grads).sum(1)
-    return method,calls
+    return method,calls,stop
 
 
-def test_goes_on(many, pics, tmp_path):
+def test_goes_on(many, pics, tmp_path, stopping):
     "After an interrupt only the rest is computed, and the folder is that of an unbroken run"
-    dl = dl_of(many, pics) # 6 batches: parts of 2, 2 and 2
-    method,calls = stop_after(99)
+    dl,(method,calls,stop) = dl_of(many, pics),stopping # 6 batches: parts of 2, 2 and 2
     many.get_heatmaps(dl=dl, method=method, out=tmp_path/'whole')
-    method,calls = stop_after(3)
+    stop[0] = len(calls)+3
     with pytest.raises(KeyboardInterrupt): many.get_heatmaps(dl=dl, method=method, out=tmp_path/'a')
     assert sorted(os.listdir(tmp_path/'a'))==['manifest.json', 'part-00000000.npz']
     with pytest.raises(ValueError, match='holds 4 of 11 images'): load_heatmaps(tmp_path/'a')
-    method,calls = stop_after(99)
+    stop[0] = 99
+    calls.clear()
     got = many.get_heatmaps(dl=dl, method=method, out=tmp_path/'a')
     assert len(calls)==4 and files(tmp_path/'a')==files(tmp_path/'whole') and same(got, load_heatmaps(tmp_path/'whole'))
     many.get_heatmaps(dl=dl, method=method, out=tmp_path/'a')
@@ -193,7 +194,8 @@ def test_another_run(many, pics, tmp_path):
         with pytest.raises(ValueError, match='another run') as e: f()
         assert word in str(e.value) and '\n' not in str(e.value)
     assert files(a)==before
-    with pytest.raises(ValueError, match='other images'): load_heatmaps(a, many.dls.valid)
+    for dl in (many.dls.valid, pic_learner(pics, size=48, bs=2).dls.test_dl(get_image_files(pics).sorted()[:11])): # other images; other transforms
+        with pytest.raises(ValueError, match='other images'): load_heatmaps(a, dl)
     (tmp_path/'b').mkdir()
     (tmp_path/'b'/'thesis.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='holds other things'): many.get_heatmaps(dl=dl, out=tmp_path/'b')
@@ -202,6 +204,55 @@ def test_another_run(many, pics, tmp_path):
     (a/'manifest.json').write_text('{"run"')
     with pytest.raises(ValueError, match='cannot be read'): many.get_heatmaps(dl=dl, out=a)
     with pytest.raises(ValueError, match='needs a fastai DataLoader'): many.get_heatmaps(dl=torch.utils.data.DataLoader([(torch.rand(3,64,64), 0)]*4, batch_size=2), out=tmp_path/'c')
+
+
+class Invert(ItemTransform):
+    "A transform whose text does not tell its parameter"
+    def __init__(self, k): self.k = k
+    def encodes(self, x): return (PILImage.create(255-np.array(x[0])) if self.k else x[0], *x[1:])
+
+
+def test_another_run_that_looks_alike(pics, tmp_path):
+    "Layers without weights, edited functions, other pictures of the same names, other labels, other parameters of a transform: none is taken for the other"
+    learn = pic_learner(pics, bs=2)
+    files,turned = list(get_image_files(pics).sorted()),tmp_path/'turned'
+    turned.mkdir()
+    for f in files: Image.open(f).rotate(180).save(turned/f.name)
+    def with_dls(get_x=noop, get_y=label, **kwargs):
+        res = pic_learner(pics, bs=2)
+        res.dls = DataBlock((ImageBlock, CategoryBlock(vocab=['Red', 'Blue_ish'])), get_items=lambda o: files, get_x=get_x, get_y=get_y, splitter=IndexSplitter(range(6)), **{'item_tfms': Resize(64), **kwargs}).dataloaders(pics, bs=2, num_workers=0, device='cpu')
+        return res
+    def scaled(k): return lambda acts, grads: k*acts.mean(1)
+    labels = [(f, label(f)) for f in files]
+    pairs = dict(layer=(lambda o: learn.get_heatmaps(files, layer='0.2', out=o), lambda o: learn.get_heatmaps(files, layer='0.6.0.relu', out=o)),
+                 method=(lambda o: learn.get_heatmaps(files, method=lambda a, g: a.mean(1), out=o), lambda o: learn.get_heatmaps(files, method=lambda a, g: g.mean(1), out=o)),
+                 closure=(lambda o: learn.get_heatmaps(files, method=scaled(1), out=o), lambda o: learn.get_heatmaps(files, method=scaled(2), out=o)),
+                 score=(lambda o: learn.get_heatmaps(files, cls=0, score=lambda p: p, out=o), lambda o: learn.get_heatmaps(files, cls=0, score=lambda p: -p, out=o)),
+                 targs=(lambda o: learn.get_heatmaps(labels, out=o), lambda o: learn.get_heatmaps(files, out=o)),
+                 pictures=(lambda o: with_dls().get_heatmaps(out=o), lambda o: with_dls(get_x=lambda f: turned/f.name).get_heatmaps(out=o)),
+                 truths=(lambda o: with_dls().get_heatmaps(cls='targ', out=o), lambda o: with_dls(get_y=lambda f: {'Red':'Blue_ish'}.get(label(f), 'Red')).get_heatmaps(cls='targ', out=o)),
+                 transform=(lambda o: with_dls(item_tfms=[Resize(64), Invert(0)]).get_heatmaps(out=o), lambda o: with_dls(item_tfms=[Resize(64), Invert(1)]).get_heatmaps(out=o)))
+    for name,(f,g) in pairs.items():
+        f(tmp_path/name)
+        f(tmp_path/name) # the same goes on
+        with pytest.raises(ValueError, match='another run'): g(tmp_path/name)
+
+
+def test_tables(pics, tmp_path):
+    "Rows of a table are known by the files that they name"
+    df = pd.DataFrame(dict(name=[f.name for f in get_image_files(pics).sorted()], label=[label(f) for f in get_image_files(pics).sorted()], valid=[i%2==0 for i in range(12)]))
+    learn = pic_learner(pics)
+    learn.dls = ImageDataLoaders.from_df(df, pics, valid_col='valid', item_tfms=Resize(64), bs=4, num_workers=0, device='cpu')
+    hm,want = learn.get_heatmaps(out=tmp_path/'a'),[str(pics/o) for o in df.name[df.valid]]
+    assert list(load_heatmaps(tmp_path/'a').items)==want
+    rows = table(hm.save(tmp_path/'b'))
+    assert [r['item'] for r in rows]==want and rows[0]['map'].startswith(Path(want[0]).stem)
+
+
+def test_a_table_of_other_things_stays(learn, pics, tmp_path):
+    (tmp_path/'manifest.csv').write_text('name,price\na,1\n')
+    with pytest.raises(FileExistsError, match='table of other things'): learn.get_heatmaps(get_image_files(pics)[:1]).save(tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()]==[('manifest.csv', 'name,price\na,1\n')]
 
 
 def test_a_full_disk(many, pics, tmp_path, monkeypatch):

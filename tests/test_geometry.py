@@ -32,7 +32,7 @@ def middle(m):
 geometries = {
     'crop':     (Resize(96), ()), 'pad': (Resize(96, ResizeMethod.Pad, PadMode.Zeros), ()), 'reflect': (Resize(96, ResizeMethod.Pad), ()), 'squish': (Resize(96, ResizeMethod.Squish), ()),
     'wide':     (Resize((80,160)), ()), 'high': (Resize((160,80)), ()), 'croppad': (CropPad(104), ()), 'padded': (CropPad((160,240)), ()),
-    'presized': (RandomResizedCrop(128, min_scale=.5), aug_transforms(size=96)), 'normalized': (Resize(96), Normalize.from_stats(*imagenet_stats)), 'as it is': ((), ()),
+    'presized': (RandomResizedCrop(128, min_scale=.5), aug_transforms(size=96)), 'presized on a GPU': (Resize((120,200)), aug_transforms(size=(90,100), min_scale=.75)), 'normalized': (Resize(96), Normalize.from_stats(*imagenet_stats)), 'as it is': ((), ()),
 }
 
 @pytest.mark.parametrize('name', geometries)
@@ -46,7 +46,7 @@ def test_a_mark_is_where_it_was(tmp_path, name, mark):
         assert img.shape==(3,120,200) and maps.shape==(1,120,200)
         assert torch.equal(img.mean(0)>.5, image2tensor(PILImage.create(hm.items[i]))[0]>127)
         want = middle(img.mean(0)*maps[0].isfinite()) # of what was not cropped
-        assert max(abs(a-b) for a,b in zip(middle(maps[0]), want))<2 and abs(want[0]-(y+6))<1 and abs(want[1]-(x+8))<(1 if name!='high' else 7)
+        assert max(abs(a-b) for a,b in zip(middle(maps[0]), want))<(3 if 'GPU' in name else 2) and abs(want[0]-(y+6))<1 and abs(want[1]-(x+8))<(1 if name!='high' else 7)
 
 
 def test_what_was_cropped_has_no_map(tmp_path):
@@ -80,6 +80,14 @@ def test_a_large_photo_is_shown_smaller(tmp_path):
     assert abs(cy-750)<10 and abs(cx-950)<10
     hm[:1].save(tmp_path/'out', on='original')
     assert {Image.open(f).size for f in (tmp_path/'out').glob('*.png')}=={(2000,1500)}
+
+
+def test_photos_in_memory_stay_as_they_are(tmp_path):
+    ims = [PILImage.create(np.random.default_rng(i).integers(0, 255, (1200,1500,3), dtype=np.uint8)) for i in range(4)]
+    learn = bright_learner(tmp_path, Resize(96))
+    learn.dls = DataBlock((ImageBlock, CategoryBlock(vocab=['a','b'])), get_items=noop, get_y=lambda o: 'a', splitter=IndexSplitter([0,1]), item_tfms=Resize(96, ResizeMethod.Squish)).dataloaders(ims, bs=2, num_workers=0, device='cpu')
+    learn.get_heatmaps(method='activations').show(0, on='original')
+    assert [im.size for im in ims]==[(1500,1200)]*4
 
 
 def test_grey_images(tmp_path):

@@ -261,9 +261,9 @@ def test_numbers(pics):
     learn = task_learner(pics, RegressionBlock, one_number, loss_func=MSELossFlat())
     with learn.no_bar():
         interp = Interpretation.from_learner(learn)
-        with pytest.raises(Exception) as own: Interpretation._orig_plot_top_losses(interp, 2)
-        with pytest.raises(Exception) as ours: interp.plot_top_losses(2, heatmap=True)
-        assert str(own.value)==str(ours.value)
+        with pytest.raises(Exception, match='not implemented'): interp.plot_top_losses(2) # as it was
+        one_line(lambda: interp.plot_top_losses(2, heatmap=True), 'fastai draws no top losses', 'use top_losses_heatmaps(k).plot()')
+        assert not plt.get_fignums()
         assert interp.top_losses_heatmaps(2).task=='numbers'
         one_line(lambda: interp.top_losses_heatmaps(2, cls='both'), 'one true class')
 

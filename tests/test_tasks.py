@@ -516,3 +516,21 @@ def test_the_picture_must_come_first():
     class Swapped(Joint):
         def forward(self, m, x): return super().forward(x, m)
     for method in ('gradcam', 'saliency', 'occlusion'): one_line(lambda: model_heatmaps(Swapped(), (torch.rand(2, 2), torch.rand(2, 3, 64, 64)), method=method))
+
+
+def test_numbers_under_a_loss_of_ones_own(pics):
+    "Float targets without a vocab are numbers, whatever the loss is"
+    dls = DataBlock((ImageBlock, RegressionBlock), get_items=get_image_files, get_y=lambda f: 1.5, splitter=IndexSplitter(range(6)), item_tfms=Resize(64)).dataloaders(pics, bs=4, num_workers=0, device='cpu')
+    hm = vision_learner(dls, resnet18, pretrained=False, normalize=False, n_out=1, loss_func=lambda p,t: ((p.squeeze()-t)**2).mean()).get_heatmaps()
+    assert hm.task=='numbers' and hm.title(0)[0][:2]==[f'0: {float(hm.preds[0,0]):.3g}', 'truth: 1.5']
+
+
+def test_a_model_that_gives_nan_is_not_right(learn):
+    with torch.no_grad(): learn.model[1][-1].weight.fill_(torch.nan)
+    hm = learn.get_heatmaps(cls='Red')
+    assert all(hm.title(i)[1]=='black' and '✓' not in ' '.join(hm.title(i)[0]) for i in range(len(hm)))
+
+
+def test_pictures_of_themselves_only_where_there_are_some(learn, tmp_path):
+    hm = learn.get_heatmaps(out=tmp_path/'a')
+    assert hm._repr_png_()[1:4]==b'PNG' and hm[:0]._repr_png_() is None and load_heatmaps(tmp_path/'a')._repr_png_() is None
