@@ -44,7 +44,7 @@ def timed(f):
     return time.perf_counter()-t
 
 
-def ratio(f, base, reps, warm=warm):
+def ratio(f, base, reps):
     "Median over `reps` rounds of the time of `f` to that of `base`; which goes first changes from round to round"
     for _ in range(warm): f(); base()
     res = []
