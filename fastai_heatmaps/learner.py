@@ -235,7 +235,7 @@ def _made(run, cb, method, dl, places, targs): # the `Heatmaps` of what `cb` has
 @keep_random()
 def get_heatmaps(self:Learner,
     items=None, # An image or a list of them, each as for `open_image` or as `(image, label)`; None = the images of `dl` or `ds_idx`
-    cls=None, # None = the `topk` predicted; a class by name or index; a list of classes; a tensor of one index an image; 'targ' = each image's own label
+    cls=None, # None = the `topk` predicted; a class by name or index; a list of classes; a tensor of one index an image, or a row of them; 'targ' = each image's own label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them whose maps are fused
     relu:bool=True, # Keep evidence for the class only? If not, evidence against it is negative
@@ -248,7 +248,7 @@ def get_heatmaps(self:Learner,
     score=None, # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
     **options # Of the method, such as `n` for 'rise'
 ) -> Heatmaps:
-    "Heatmaps of many images, by the CAM methods at the cost of their predictions. Raises ValueError where an image, class, layer, method or option is not right"
+    "Heatmaps of many images, by the CAM methods at the cost of their predictions. Raises ValueError where an image, class, layer, method or option is not right, or `out` holds another run, and FileExistsError where it holds other things"
     if bs is not None and bs<1: raise ValueError(f"bs is {bs}; expected at least 1")
     f,vocab,targs,run = get_method(method, **options),output_names(self),None,shadow(self)
     if layer is not None and f.needs not in ('input', 'model'): layer = find_layers(run.model, layer)

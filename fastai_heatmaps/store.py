@@ -34,7 +34,7 @@ def plain(
     if is_iter(o): return [plain(v) for v in o]
     name = f'{getattr(o, "__module__", "")}.{getattr(o, "__qualname__", type(o).__qualname__)}'
     if not hasattr(o, '__code__'): return name
-    def code(c): return [c.co_code.hex(), c.co_names, [code(k) if hasattr(k, 'co_code') else repr(k) for k in c.co_consts]]
+    def code(c): return [c.co_code.hex(), c.co_names, [code(k) if hasattr(k, 'co_code') else sorted(map(repr, k)) if isinstance(k, frozenset) else repr(k) for k in c.co_consts]] # the order in a set is by chance
     return [name, digest(code(o.__code__)), plain(o.__defaults__), [plain(v) if isinstance(v, (str, int, float, tuple, Tensor, np.ndarray)) else type(v).__name__ for v in [c.cell_contents for c in o.__closure__ or ()]]] # a function that was edited is another one
 
 # %% ../nbs/06_store.ipynb #aec83240

@@ -315,6 +315,13 @@ def test_killed_at_random(tmp_path):
     assert files(tmp_path/'a')==files(tmp_path/'whole') and len(files(tmp_path/'a'))==16
 
 
+def test_digest_of_a_function_is_the_same_in_another_process():
+    "Also of one with a set in it, whose order is by chance"
+    code = "from fastai_heatmaps.store import digest; print(digest(lambda a: a in {'x', 'y', 'zeta', 'u', 'v'}))"
+    got = {subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'PYTHONHASHSEED': s}, capture_output=True, text=True, check=True).stdout for s in ('1', '2')}
+    assert len(got)==1
+
+
 def test_digests():
     a = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     before = digest(a)
