@@ -206,15 +206,17 @@ def _closed_on_error(fig): # a figure of ours that is half drawn helps nobody; N
 
 # %% ../nbs/06_heatmaps.ipynb #d379f06f
 @patch
-def _scales(self:Heatmaps, i, cmap=None, same_scale=False): # for each map of image `i`
+def _scales(self:Heatmaps, cmap=None, same_scale=False): # a function of an image's place, that gives a scale for each of its maps
     common = color_scale(self.maps) # its sign is that of every panel, its ends are with `same_scale`
-    scales = [common if same_scale else color_scale([m], common['vmin']<0) for m in self.maps[i]]
-    return [{**o, 'cmap':cmap or o['cmap']} for o in scales]
+    def of(i):
+        scales = [common if same_scale else color_scale([m], common['vmin']<0) for m in self.maps[i]]
+        return [{**o, 'cmap':cmap or o['cmap']} for o in scales]
+    return of
 
 # %% ../nbs/06_heatmaps.ipynb #dcb824bd
 @patch
 def _draw(self:Heatmaps, i, img, axs, alpha=0.6, cmap=None, interpolation='bilinear', truth=True, same_scale=False, maps=None):
-    for j,(ax,m,scale) in enumerate(zip(axs, ifnone(maps, self.maps[i].float()), self._scales(i, cmap, same_scale))):
+    for j,(ax,m,scale) in enumerate(zip(axs, ifnone(maps, self.maps[i].float()), self._scales(cmap, same_scale)(i))):
         show_overlay(img, m, ax, alpha, interpolation=interpolation, **scale)
         wrap_title(ax, *self.title(i, j, truth))
 
@@ -321,11 +323,11 @@ def add_rows(
 
 # %% ../nbs/06_heatmaps.ipynb #6be3598c
 @patch
-def _pictures(self:Heatmaps, i, on, alpha, cmap, interpolation, same_scale): # for each class of image `i` the map in grey, in colours, and on the image, as arrays (H, W) or (H, W, 3) of 0 to 1
+def _pictures(self:Heatmaps, i, on, alpha, interpolation, scales): # for each class of image `i` the map in grey, in colours, and on the image, as arrays (H, W) or (H, W, 3) of 0 to 1
     img,maps = self.view(i, on, interpolation)
     if maps.shape[1:]!=img.shape[1:]: maps = F.interpolate(maps[None], img.shape[1:], mode=interpolation)[0]
     img = img.expand(3, -1, -1).permute(1, 2, 0).numpy()
-    for m,scale in zip(maps.numpy(), self._scales(i, cmap, same_scale)):
+    for m,scale in zip(maps.numpy(), scales):
         seen = np.isfinite(m)[...,None]
         grey = np.clip((np.where(seen[...,0], m, 0)-scale['vmin']) / (scale['vmax']-scale['vmin']), 0, 1)
         colours = plt.get_cmap(scale['cmap'])(grey)[...,:3]
@@ -362,8 +364,9 @@ def save(self:Heatmaps,
     there = [r[k] for row in rows for r in row for k in kinds if (folder/r[k]).exists()]
     if there and not overwrite: raise FileExistsError(f"{folder/there[0]} is there already: choose another folder, or pass overwrite=True")
     folder.mkdir(parents=True, exist_ok=True)
+    scales = self._scales(cmap, same_scale) # all maps are looked at once, not for each image
     for i,row in enumerate(rows):
-        for r,pics in zip(row, self._pictures(i, on, alpha, cmap, interpolation, same_scale)):
+        for r,pics in zip(row, self._pictures(i, on, alpha, interpolation, scales(i))):
             for k,pic in zip(kinds, pics):
                 with whole_file(folder/r[k]) as tmp: Image.fromarray((255*pic).round().astype(np.uint8)).save(tmp, _formats[fmt])
     return add_rows(folder/'manifest.csv', sum(rows, []))

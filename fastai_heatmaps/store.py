@@ -54,7 +54,7 @@ def write_part(
     hm:Heatmaps # Of the images of this part
 ):
     "Writes `hm` as a part of the heatmaps in `folder`"
-    arrays = dict(cls=hm.cls, preds=hm.preds, task=hm.task, layer=hm.layer, **{f'info_{k}':v for k,v in hm.info.items()})
+    arrays = dict(cls=hm.cls, preds=hm.preds, task=hm.task, method=hm.method, layer=hm.layer, **{f'info_{k}':v for k,v in hm.info.items()})
     if hm.targs is not None: arrays['targs'] = hm.targs
     if isinstance(hm.maps, Tensor): arrays['maps'] = hm.maps
     else: arrays.update(maps=torch.cat([m.flatten() for m in hm.maps]), sizes=tensor([m.shape[1:] for m in hm.maps]))
@@ -71,7 +71,7 @@ def read_part(
 ) -> dict: # Its arrays as tensors; 'maps' as a list where they differ in size
     "Reads a part. Raises ValueError where it is damaged"
     try:
-        with np.load(_file(folder, start), allow_pickle=False) as z: d = {k:str(v) if k in ('task', 'layer') else torch.from_numpy(v) for k,v in z.items()}
+        with np.load(_file(folder, start), allow_pickle=False) as z: d = {k:str(v) if k in ('task', 'method', 'layer') else torch.from_numpy(v) for k,v in z.items()}
         if 'sizes' in d: d['maps'] = [m.view(d['cls'].shape[1], *s) for m,s in zip(d['maps'].split((d['cls'].shape[1]*d['sizes'].prod(1)).tolist()), d['sizes'].tolist())]
         if {len(d[k]) for k in ('maps', 'cls', 'preds')}!={n}: raise ValueError('it has another number of images')
         return d
@@ -151,4 +151,4 @@ def load_heatmaps(
     maps = [m for d in ds for m in d['maps']]
     same = len({m.shape for m in maps})==1
     return Heatmaps(torch.stack(maps) if same else maps, cat('cls'), cat('preds'), cat('targs'), run['vocab'], dl or SimpleNamespace(dataset=run['names']), run['places'],
-                    ds[0]['task'], {k[5:]:cat(k) for k in ds[0] if k.startswith('info_')}, run['thresh'], run['method'], ds[0]['layer'])
+                    ds[0]['task'], {k[5:]:cat(k) for k in ds[0] if k.startswith('info_')}, run['thresh'], ds[0]['method'], ds[0]['layer'])

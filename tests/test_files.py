@@ -152,6 +152,7 @@ def test_goes_on(many, pics, tmp_path, stopping):
     stop[0] = 99
     calls.clear()
     got = many.get_heatmaps(dl=dl, method=method, out=tmp_path/'a')
+    assert got.method=='method' # its name, as without a folder
     assert len(calls)==4 and files(tmp_path/'a')==files(tmp_path/'whole') and same(got, load_heatmaps(tmp_path/'whole'))
     many.get_heatmaps(dl=dl, method=method, out=tmp_path/'a')
     assert len(calls)==4 # all was there
