@@ -1,13 +1,15 @@
 "What users call: the rest of each module is there by its own name. Importing it gives every Learner its methods."
 from fastai.vision.all import *
-from .layers import layer_shapes
-from .targets import in_mask
-from .cam import heatmap_methods, heatmap_method, model_heatmaps
-from .pixels import relu_rule
-from .heatmaps import Heatmaps, show_overlay
-from .store import load_heatmaps
-from .learner import ImageError, open_image
-from .distributed import distrib_state, join_heatmaps
-from .interpret import heatmap_difference, compare_learners
-from . import features as _features, explore as _explore # which give the Learner their methods
+from .core.layers import layer_shapes
+from .core.tasks import in_mask
+from .core.method import heatmap_methods, heatmap_method
+from .core.passes import model_heatmaps
+from .methods.pixels import relu_rule
+from .data.images import ImageError, open_image
+from .data.draw import show_overlay
+from .data.heatmaps import Heatmaps
+from .data.files import Heatmaps as _saved # which gives it `save`
+from .data.store import load_heatmaps
+from .learner import core as _core, show as _show # which give the Learner their methods
+from .learner.distributed import distrib_state, join_heatmaps
 from .samples import demo_labels, demo_image, demo_learner

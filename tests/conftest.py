@@ -4,7 +4,8 @@ matplotlib.use('Agg')
 import gc, numpy as np, pytest, torch
 from fastai.vision.all import *
 from fastai_heatmaps.all import *
-from fastai_heatmaps.layers import default_layer, find_layers
+from fastai_heatmaps.data.images import Images
+from fastai_heatmaps.core.layers import default_layer, find_layers
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o] # fastcore's own `test_eq` and others are no tests of ours
 torch.set_num_threads(1) # the tests run in one process a core

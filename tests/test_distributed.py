@@ -3,7 +3,7 @@ import os, subprocess, sys
 import fastai.callback.progress as progress
 from conftest import *
 from test_no_trace import state, same
-from fastai_heatmaps.distributed import gathered
+from fastai_heatmaps.learner.distributed import gathered
 
 
 def cases(learn, pics):
@@ -180,7 +180,7 @@ def test_join(learn, pics):
     for parts in ([hm], [hm[:5], hm[5:6], hm[6:]], [hm[i] for i in range(len(hm))]): check(outcome(join_heatmaps(parts)), hm)
     swapped = join_heatmaps([hm[6:], hm[:6]])
     assert list(swapped.items)==[*files[6:], *files[:6]] and torch.equal(swapped.maps, hm.maps.roll(-6, 0))
-    ragged = Heatmaps([torch.ones(2, 3, 3), torch.ones(2, 4, 3)], hm.cls[:2], hm.preds[:2], dl=hm.dl, idxs=[0,1], info={k:v[:2] for k,v in hm.info.items()})
+    ragged = Heatmaps([torch.ones(2, 3, 3), torch.ones(2, 4, 3)], hm.cls[:2], hm.preds[:2], images=hm.images[:2], info={k:v[:2] for k,v in hm.info.items()})
     assert isinstance(join_heatmaps([ragged[0], ragged[0]]).maps, Tensor) and [m.shape[1] for m in join_heatmaps([ragged, ragged[0]]).maps]==[3,4,3]
     for parts in ([], [hm, learn.get_heatmaps(files)], [hm, learn.get_heatmaps(files, topk=2)], [hm, learn.get_heatmaps(files, method='integrated_gradients', steps=2, topk=2)]):
         with pytest.raises(ValueError): join_heatmaps(parts)

@@ -3,8 +3,8 @@ import io, sys
 from conftest import *
 from test_no_trace import state, same
 from test_tasks import task_learner, task_dls, three_numbers, tags, mask
-from fastai_heatmaps import cam
-from fastai_heatmaps.explore import Passes
+from fastai_heatmaps.core import passes
+from fastai_heatmaps.views.explore import Passes
 
 pytest.importorskip('ipywidgets')
 
@@ -14,8 +14,8 @@ class Counts:
     def __init__(self, learn, monkeypatch):
         self.n = dict(body=0, head=0, backward=0)
         for i,k in enumerate(('body', 'head')): learn.model[i].register_forward_hook(partial(self.add, k))
-        gradients = cam.gradients
-        monkeypatch.setattr(cam, 'gradients', lambda *args, **kwargs: self.add('backward') or gradients(*args, **kwargs))
+        gradients = passes.gradients
+        monkeypatch.setattr(passes, 'gradients', lambda *args, **kwargs: self.add('backward') or gradients(*args, **kwargs))
     def add(self, k, *args): self.n[k] += 1
     def __call__(self, f):
         "What `f()` costs: passes of the body, of the head, backward passes"

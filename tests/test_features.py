@@ -3,7 +3,7 @@ import pytest
 from conftest import *
 from test_no_trace import state, same, prepare, ways, Bomb, Boom
 from fastai_heatmaps.features import get_conv, filter_grid, Waves, moved, excite, blank, model_parts
-from fastai_heatmaps.learner import image_dl
+from fastai_heatmaps.data.images import image_dl
 
 
 def cells(pic, h, w, n, cols):

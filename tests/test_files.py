@@ -2,8 +2,8 @@
 import csv, hashlib, json, os, random as rnd, subprocess, sys, textwrap
 import pytest
 from conftest import *
-from fastai_heatmaps.heatmaps import file_names, whole_file
-from fastai_heatmaps.store import digest
+from fastai_heatmaps.data.files import file_names, whole_file
+from fastai_heatmaps.data.store import digest
 
 
 def files(path): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.iterdir())}
@@ -96,7 +96,7 @@ def many(pics):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     "Parts of two batches"
-    import fastai_heatmaps.learner as l
+    import fastai_heatmaps.learner.core as l
     info = l.run_info
     def small(*args):
         res = info(*args)
@@ -279,7 +279,7 @@ def test_killed_at_random(tmp_path):
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         from conftest import *
-        import fastai_heatmaps.learner as l
+        import fastai_heatmaps.learner.core as l
         info = l.run_info
         l.run_info = lambda *args: {**info(*args), 'part': 2*args[1].bs}
         out,rng = Path(sys.argv[1]),np.random.default_rng(0)
@@ -318,7 +318,7 @@ def test_killed_at_random(tmp_path):
 
 def test_digest_of_a_function_is_the_same_in_another_process():
     "Also of one with a set in it, whose order is by chance"
-    code = "from fastai_heatmaps.store import digest; print(digest(lambda a: a in {'x', 'y', 'zeta', 'u', 'v'}))"
+    code = "from fastai_heatmaps.data.store import digest; print(digest(lambda a: a in {'x', 'y', 'zeta', 'u', 'v'}))"
     got = {subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'PYTHONHASHSEED': s}, capture_output=True, text=True, check=True).stdout for s in ('1', '2')}
     assert len(got)==1
 

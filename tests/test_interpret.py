@@ -577,7 +577,7 @@ def test_compare_learners_bad_input(learn, pics):
 
 # before and after
 
-def hms(maps, cls=((0,),), preds=((.9,.1),), **kwargs): return Heatmaps(torch.as_tensor(maps), tensor([list(o) for o in cls]), tensor([list(o) for o in preds]), **{'vocab':['a','b'], 'dl':[0], 'idxs':[0], **kwargs})
+def hms(maps, cls=((0,),), preds=((.9,.1),), **kwargs): return Heatmaps(torch.as_tensor(maps), tensor([list(o) for o in cls]), tensor([list(o) for o in preds]), **{'vocab':['a','b'], 'images':Images([0], [0]), **kwargs})
 
 
 def test_difference_by_hand():

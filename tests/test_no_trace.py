@@ -2,7 +2,7 @@
 import signal, threading, weakref, pytest
 from fastcore.test import test_eq as equal
 from conftest import *
-from fastai_heatmaps.hooks import eval_mode
+from fastai_heatmaps.core.no_trace import eval_mode
 
 
 def state(model, learn=None):

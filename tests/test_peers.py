@@ -6,7 +6,7 @@ from pytorch_grad_cam.ablation_layer import AblationLayer
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
 from torchvision.models import VisionTransformer
 from conftest import *
-from fastai_heatmaps.cam import noisy
+from fastai_heatmaps.methods.changed import noisy
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:captum')
 

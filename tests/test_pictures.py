@@ -65,7 +65,7 @@ def test_a_bright_mark_is_under_its_evidence():
 
 def test_colours():
     "Red for and blue against, white at zero; the same for every panel, also one with evidence of one kind only"
-    hm = Heatmaps(tensor([[[[-1.,0.],[0.,2.]], [[0.,1.],[1.,1.]]]]), tensor([[0,1]]), tensor([[.9,.1]]), dl=[0], idxs=[0])
+    hm = Heatmaps(tensor([[[[-1.,0.],[0.,2.]], [[0.,1.],[1.,1.]]]]), tensor([[0,1]]), tensor([[.9,.1]]), images=Images([0], [0]))
     hm.image = lambda i: torch.zeros(3, 8, 8)
     axs = hm.show()
     assert [ax.images[1].get_cmap().name for ax in axs]==['RdBu_r']*2
