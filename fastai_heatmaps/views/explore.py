@@ -44,11 +44,11 @@ def run(self:Passes,
     layer=None # A module, or its name; None = the default
 ): # A `Pass`
     "Run the model once, watched as `method` needs, and note the shape that each layer puts out"
-    run,ran = shadow(self.learn),[]
-    run.remove_cb(ProgressCallback) # a widget has no place for bars
+    learn,ran = shadow(self.learn),[]
+    learn.remove_cb(ProgressCallback) # a widget has no place for bars
     watched = get_method('gradcam') if method.at_layer and method.during is nullcontext else method
-    with recorded_shapes(run.model) as self.shapes:
-        run_passes(run, self.images, layer_watch(watched, layer), ran.append, score=self.score, keep=True)
+    with recorded_shapes(learn.model) as self.shapes:
+        run_passes(learn, self.images, layer_watch(watched, layer), ran.append, score=self.score, keep=True)
     return ran[0]
 
 # %% ../../nbs/45_views.explore.ipynb #ex000004
