@@ -103,10 +103,21 @@ print(*[hasattr(fv.ClassificationInterpretation, n) for n in 'top_losses_heatmap
     assert methods.split()==['True']*16 and interp.split()==['True']*2
 
 
+@pytest.fixture(scope='session')
+def run_nb(tmp_path_factory):
+    "Runs a notebook as `nbdev-test` does: gives its exit code, and what it prints"
+    with subprocess.Popen([sys.executable, root/'tests'/'fork_nbs.py'], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        def run(fn, flags):
+            log = tmp_path_factory.mktemp('nb')/'log'
+            print(fn, flags, log, sep='\t', file=p.stdin, flush=True)
+            return int(p.stdout.readline()), log.read_text('utf-8')
+        yield run
+
+
 @pytest.mark.parametrize('fn', nbs, ids=lambda o: o.name)
-def test_notebook(fn, pytestconfig):
+def test_notebook(fn, run_nb, pytestconfig):
     "Runs the notebook; and what it shows was stored: each cell that draws has its picture, and no error or warning is stored"
-    res = subprocess.run([tool('nbdev-test'), fn, '--flags', pytestconfig.getoption('--nb-flags')], cwd=root, capture_output=True, text=True)
-    if res.returncode: pytest.fail(res.stdout+res.stderr, pytrace=False)
+    rc,text = run_nb(fn, pytestconfig.getoption('--nb-flags'))
+    if rc: pytest.fail(text, pytrace=False)
     outs = [o for c in json.loads(fn.read_text('utf-8'))['cells'] if c['cell_type']=='code' for o in c['outputs']]
     assert not [o for o in outs if o['output_type']=='error' or o.get('name')=='stderr']
