@@ -114,7 +114,7 @@ def run_nb(tmp_path_factory):
         yield run
 
 
-@pytest.mark.parametrize('fn', nbs, ids=lambda o: o.name)
+@pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if '_core.' in o.name else pytest.mark.slow) for o in nbs])
 def test_notebook(fn, run_nb, pytestconfig):
     "Runs the notebook; and what it shows was stored: each cell that draws has its picture, and no error or warning is stored"
     rc,text = run_nb(fn, pytestconfig.getoption('--nb-flags'))
