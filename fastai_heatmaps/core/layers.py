@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tensors_in', 'recorded_shapes', 'output_shapes', 'layer_shapes', 'as_map', 'map_shapes', 'no_map', 'is_body_and_head',
-           'attentions', 'default_layer', 'plain_name', 'layer_names', 'get_layer', 'find_layers']
+           'attentions', 'default_layer', 'plain_name', 'layer_names', 'get_layer', 'find_layers', 'check_channels']
 
 # %% ../../nbs/02_core.layers.ipynb #87148aea
 from fastai.basics import *
@@ -197,3 +197,13 @@ def find_layers(
     layers = [layer] if isinstance(layer, (str, nn.Module)) or not is_iter(layer) else list(layer)
     if not layers: raise ValueError("the list of layers is empty: name at least one, or leave `layer` out")
     return [get_layer(model, o) for o in layers]
+
+# %% ../../nbs/02_core.layers.ipynb #ly000009
+def check_channels(
+    channels:list, # Indices
+    c:int, # How many channels the layer has
+    name:str # What the layer is called
+):
+    "Raise ValueError unless each of `channels` is one of the layer's"
+    for i in channels:
+        if not isinstance(i, (int, np.integer)) or not 0<=i<c: raise ValueError(f"no channel {i!r} in {name}: it has {c}, 0 to {c-1}")
