@@ -12,4 +12,6 @@ from .data.files import Heatmaps as _saved # which gives it `save`
 from .data.store import load_heatmaps
 from .learner import core as _core, show as _show # which give the Learner their methods
 from .learner.distributed import distrib_state, join_heatmaps
+from .views import interpret as _interpret # which gives it to interpretations
+from .views.compare import heatmap_difference, compare_learners
 from .samples import demo_labels, demo_image, demo_learner
