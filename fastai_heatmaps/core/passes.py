@@ -14,6 +14,7 @@ from .targets import class_indices, is_targ
 from .tasks import find_task, activation, warn_if_saturated
 from .method import get_method
 from contextlib import nullcontext
+from copy import copy
 
 # %% ../../nbs/06_core.passes.ipynb #ps000006
 class Probe(GetAttr):
@@ -136,6 +137,12 @@ class Pass:
             maps = fuse([method.maps(p) for p in probes])
         if relu and method.needs!='activations': maps = F.relu(maps) # a method that knows no class has no evidence against one
         return maps.cpu(),probes[0].info
+
+    def at(self, *hooks):
+        "This pass, asked at these of its `hooks` only; what it remembers is shared"
+        res = copy(self)
+        res.hooks = hooks
+        return res
 
     @contextmanager
     def again(self):

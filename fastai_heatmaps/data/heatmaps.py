@@ -134,6 +134,15 @@ def title(self:Heatmaps,
     elif not m.any(): lines.append('(no evidence: the map is flat)')
     return lines + [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()],color
 
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000010
+@patch
+def notes(self:Heatmaps, i, j=0):
+    "List what a title says beside the class of map `j` of image `i`: that there is nothing to see, what the method reports"
+    m = self.maps[i][j]
+    lines = [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()]
+    if not m.isfinite().all(): return ['(no map: its values are not finite)', *lines]
+    return lines if m.any() else ['(no evidence: the map is flat)', *lines]
+
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000004
 @patch
 def view(self:Heatmaps, i, on='input', interpolation='bilinear', limit=None):
