@@ -232,6 +232,16 @@ class Images:
         if can_decode: return _as_picture(to_cpu(self.dl.after_batch.decode(self.batch(i)))[0][0])
         return _as_picture(self.dl.dataset[self.idxs[i]][0])
 
+# %% ../../nbs/20_data.images.ipynb #im000029
+@patch(cls_method=True)
+def join(cls:Images,
+    parts:list # `Images` that share a DataLoader
+) -> Images:
+    "Join `parts`, in their order"
+    labels = None if any(o.labels is None for o in parts) else torch.cat([o.labels for o in parts])
+    names = None if any(o._names is None for o in parts) else [n for o in parts for n in o._names]
+    return cls(parts[0].dl, [i for o in parts for i in o.idxs], labels, names)
+
 # %% ../../nbs/20_data.images.ipynb #im000013
 def to_images(
     dls:DataLoaders, # A Learner's
