@@ -72,6 +72,8 @@ def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=N
     f,vocab,run = get_method(method, **options),output_names(learn),shadow(learn)
     if layer is not None and f.at_layer: layer = find_layers(run.model, layer)
     images = to_images(run.dls, items, ds_idx, dl, bs, vocab)
+    if is_targ(cls) and items is not None and images.labels is None:
+        raise ValueError("cls='targ' needs the true classes: pass (image, label) items, or leave `items` out")
     if is_per_image(cls): check_per_image(cls, len(images))
     elif cls is not None and not is_targ(cls):
         cls = as_list(cls)
