@@ -10,7 +10,7 @@ from fastai.basics import *
 from ..core.method import heatmap_method
 from ..core.passes import Probe
 from .changed import filled, rounds, ask, with_map, from_layer
-from itertools import islice, product
+from itertools import islice
 
 # %% ../../nbs/13_methods.perturb.ipynb #pb000001
 def _pair(o, name): # a number of pixels, or two, as (height, width)
@@ -32,7 +32,7 @@ def window_boxes(
     sh,sw = _pair(ifnone(stride, (max(1, h//2), max(1, w//2))), 'stride')
     if sh>h or sw>w: raise ValueError(f"stride {(sh,sw)} is larger than the window {(h,w)}: parts of the picture would never be covered")
     def along(side, length, step): return [slice(a, min(a+length, side)) for a in range(0, side-length+step, step)]
-    return list(product(along(H, h, sh), along(W, w, sw)))
+    return [(rows,cols) for rows in along(H, h, sh) for cols in along(W, w, sw)]
 
 # %% ../../nbs/13_methods.perturb.ipynb #6fe44a27
 @heatmap_method('occlusion', needs='model', cost='1 forward a window (about 13×13)')
