@@ -112,6 +112,7 @@ class Pass:
         for h in hooks: check_hook(h, model, *xb)
         self.x,self.grads = xb[0].detach().as_subclass(Tensor),{} # (a hook, the classes) -> gradients
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
+        self.channels_last = self.x.device.type=='cpu' and self.x.ndim==4 # the layout for changed images, until the model refuses it
         self.task,act = find_task(pred, targs, vocab, loss_func, score),activation(loss_func)
         self.score_of = self.task.scorer(pred, len(self.x), vocab, score)
         with torch.set_grad_enabled(len(hooks)>0): self.scores = self.score_of(pred)
