@@ -69,7 +69,7 @@ def wrap_title(
     text = '\n'.join(textwrap.fill(l, width) for l in lines)
     ax.set_title(text, fontsize=10, color=color, parse_math=False)
 
-# %% ../../nbs/22_data.draw.ipynb #dr000021
+# %% ../../nbs/22_data.draw.ipynb #dr000022
 def new_panels(
     rows:int, # Of panels
     cols:int, # Of panels
