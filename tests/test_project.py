@@ -99,7 +99,7 @@ print(*[hasattr(fh.Learner, n) for n in '''get_heatmaps show_heatmap show_gradca
 print(*[hasattr(fv.ClassificationInterpretation, n) for n in 'top_losses_heatmaps confusion_heatmaps'.split()])"""
     names,methods,interp = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert set(names.split())=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
-                                'in_mask', 'join_heatmaps', 'layer_shapes', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
+                                'in_mask', 'join_heatmaps', 'layer_shapes', 'leaf_output', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
     assert methods.split()==['True']*16 and interp.split()==['True']*2
 
 

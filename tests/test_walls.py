@@ -1,5 +1,5 @@
 "Which room of the package may import which; optional packages wait until they are needed; private names stay at home."
-import ast
+import ast, re
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,12 @@ def test_walls():
     res = [l for f in files for l in broken(f.read_text('utf-8'), '.'.join(f.relative_to(root).with_suffix('').parts))]
     assert len(files)>2
     if res: pytest.fail('\n'.join(res), pytrace=False)
+
+
+def test_one_way_to_run_a_learner():
+    "Only learner/run.py calls `get_preds`; all others ask it for passes"
+    files = [f for f in (root/'fastai_heatmaps').rglob('*.py') if re.search(r'\.get_preds\(', f.read_text('utf-8'))]
+    assert [f.relative_to(root).as_posix() for f in files]==['fastai_heatmaps/learner/run.py']
 
 
 @pytest.mark.parametrize('module,source,rule', [

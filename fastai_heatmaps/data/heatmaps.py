@@ -154,7 +154,7 @@ def title(self:Heatmaps,
         if truth: lines.append(f'truth: {task.truth_of(t, c, self.name)}')
     return lines + self.notes(i, j),color
 
-# %% ../../nbs/23_data.heatmaps.ipynb #hm000010
+# %% ../../nbs/23_data.heatmaps.ipynb #6e59b497
 @patch
 def notes(self:Heatmaps, i, j=0):
     "List what a title says beside the class of map `j` of image `i`: that there is nothing to see, what the method reports"
