@@ -228,6 +228,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.Probe.__init__': ( 'core.passes.html#probe.__init__',
                                                                                              'fastai_heatmaps/core/passes.py'),
+                                             'fastai_heatmaps.core.passes.Probe.gradient': ( 'core.passes.html#probe.gradient',
+                                                                                             'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.Probe.gradients': ( 'core.passes.html#probe.gradients',
                                                                                               'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.Probe.map': ( 'core.passes.html#probe.map',

@@ -23,13 +23,14 @@ def _own_callback(cb): # a copy of `cb`, whose lists and dicts are its own too
     return res
 
 def _takes_part(cb, event_name): # may the callback `cb` act at this event of our run?
-    return type(cb).__module__.startswith(('fastai.', 'fastai_heatmaps.')) or event_name in ('before_batch', 'after_pred', 'after_loss')
+    own = type(cb).__module__.startswith(('fastai.', 'fastai_heatmaps.'))
+    return own or event_name in ('before_batch', 'after_pred', 'after_loss')
 
 # %% ../../nbs/30_learner.run.ipynb #rn000006
 def shadow(
     learn:Learner
 ) -> Learner: # Ready for `get_preds(inner=True)`
-    "Copy `learn`: model and data are shared, callbacks are copied, but for those that only record or share the work among processes"
+    "Copy `learn`: model and data are shared, callbacks copied; those that only record, or share work among processes, are left out"
     res = copy(learn)
     res.cbs,res.model = L(),unwrap(learn.model)
     if any('world_size' in vars(o) for o in getattr(learn.dls, 'loaders', [])): # in fastai's `distrib_ctx`
@@ -42,8 +43,8 @@ def shadow(
         for cb in res.cbs.sorted('order'):
             if _takes_part(cb, event_name): cb(event_name)
     res._call_one = call_one
-    for cb in res.cbs.sorted('order'):
-        if isinstance(cb, (TrainEvalCallback, ChannelsLast, MixedPrecision)): cb('before_fit') # which makes them ready, and `inner` leaves out
+    for cb in res.cbs.sorted('order'): # some are made ready by `before_fit`, which does not come with `inner`
+        if isinstance(cb, (TrainEvalCallback, ChannelsLast, MixedPrecision)): cb('before_fit')
     return res
 
 # %% ../../nbs/30_learner.run.ipynb #rn000007
@@ -139,8 +140,10 @@ def run_passes(
     "Run `learn` on `images` inside `get_preds`, and hand the `Pass` of each batch to `use`"
     bar = shows_bars(learn) and len(images.dl)==1 # one batch needs no bar, but a method that runs the model many times does
     if len(images.dl)==1: learn.remove_cb(ProgressCallback)
-    cb = PassCallback(watch, use, images.labels, vocab=output_names(learn), loss_func=learn.loss_func, score=score, bs=bs, bar=bar, keep=keep)
+    known = dict(vocab=output_names(learn), loss_func=learn.loss_func, score=score, bs=bs, bar=bar, keep=keep)
+    cb = PassCallback(watch, use, images.labels, **known)
     with quiet(learn.model), clear_errors(), cb.stack:
         learn.get_preds(dl=images.dl, act=noop, reorder=False, cbs=cb, inner=True, with_preds=False, with_targs=False)
     if cb.done!=len(images):
-        raise ValueError(f"the DataLoader gave {cb.done} images for {len(images)} indices: pass one that goes through its dataset once, in order")
+        raise ValueError(f"the DataLoader gave {cb.done} images for {len(images)} indices: "
+                         "pass one that goes through its dataset once, in order")
