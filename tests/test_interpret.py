@@ -2,7 +2,6 @@
 import gc, weakref, pytest
 from types import SimpleNamespace
 from conftest import *
-import fastai_heatmaps.interpret as fi
 from test_no_trace import state, same, prepare
 from test_tasks import task_learner, tags, mask, one_number, one_line
 
