@@ -17,7 +17,7 @@ def model_parts(
     model:nn.Module, # Any model
     *xb:Tensor, # Its inputs, of which the first image is used
     depth:int=None # How many dots a name may have, plus one; None = as many as give no more than 24 parts
-) -> list: # of tuples: the name, the module, the shape of its output for one image or None, the shape of its map (h, w) or None
+) -> list: # of tuples: name, module, shape of the output for one image or None, shape of the map (h, w) or None
     "List the parts that `model` is made of, none inside another, in the order in which they finish"
     if depth is not None and depth<1: raise ValueError(f"depth is {depth}; expected at least 1")
     shapes = layer_shapes(model, *xb)
@@ -37,7 +37,7 @@ def model_parts(
     return [(n, m, shapes.get(n, (None,))[1:] or None, maps[n][2:] if n in maps else None) for n,m in parts]
 
 # %% ../../nbs/44_views.architecture.ipynb #ar000008
-def _home(parts, layer): # the name of the part that `layer` is in, or that ends with it
+def _home(parts, layer): # the name of the part with `layer`, or of the last part in it
     names = [n for n,m,*_ in parts if m in list(layer.modules()) or layer in list(m.modules())]
     return names[-1] if names else None
 
@@ -68,7 +68,7 @@ def show_architecture(self:Learner,
     ctx=None, # A matplotlib Axes; None = a new figure
     figsize=None # Of a new figure, in inches
 ): # The Axes
-    "Show the parts of the model as they run, for an image as the DataLoaders make it: names, kinds, outputs, parameters, and where heatmaps can be taken"
+    "Show the parts of the model in the order in which they run, with their outputs for an image as the DataLoaders make it"
     model,(x,_),fig = unwrap(self.model),blank(self),None
     parts = model_parts(model, x, depth=depth)
     try: home = _home(parts, default_layer(model, x))
@@ -82,11 +82,12 @@ def show_architecture(self:Learner,
         _draw_row(ctx, 0, ('', 'image', '×'.join(map(str, x.shape[1:])), ''))
         _draw_bar(ctx, 0, 1, '#dddddd')
         for y,(n,m,shape,hw) in enumerate(parts, 1):
-            size = _size(m)
-            _draw_row(ctx, y, (plain_name(n), type(m).__name__, '×'.join(map(str, shape or ())), f'{size:,}' if size else ''))
+            size,output = _size(m),'×'.join(map(str, shape or ()))
+            _draw_row(ctx, y, (plain_name(n), type(m).__name__, output, f'{size:,}' if size else ''))
             _draw_bar(ctx, y, max(hw or (1,))/longest, _color(n, hw, home))
             ctx.barh(y, .12*size/max(total, 1), left=.88, height=.5, color='#555555')
         patches = [plt.Rectangle((0,0), 1, 1, color=c) for c in _colors.values()]
         ctx.legend(patches, _colors, loc='upper center', bbox_to_anchor=(.5, 0), ncols=3, frameon=False, fontsize=9)
-        ctx.set_title(f'{type(model).__name__}: {total:,} parameters, {_size(model, True):,} of them trainable', fontsize=10)
+        trainable = _size(model, trainable=True)
+        ctx.set_title(f'{type(model).__name__}: {total:,} parameters, {trainable:,} of them trainable', fontsize=10)
     return ctx

@@ -18,7 +18,8 @@ from ..learner.run import shows_bars, output_names, blank
 from fastprogress.fastprogress import progress_bar
 
 # %% ../../nbs/43_views.class_image.ipynb #5fb7e17c
-_colors = torch.stack([tensor([1.,1,1])/3**.5, tensor([1.,0,-1])/2**.5, tensor([1.,-2,1])/6**.5]) * tensor([[1.6],[.6],[.3]])
+_strength = tensor([[1.6],[.6],[.3]])
+_colors = torch.stack([tensor([1.,1,1])/3**.5, tensor([1.,0,-1])/2**.5, tensor([1.,-2,1])/6**.5]) * _strength
 
 # %% ../../nbs/43_views.class_image.ipynb #16783890
 class Waves(nn.Module):
@@ -79,7 +80,7 @@ def excite(
     with torch.no_grad(): return pic()[0]
 
 # %% ../../nbs/43_views.class_image.ipynb #ci000007
-def _class_goals(learn, model, x, prepare, cls, score): # for each class a function to raise, and one that gives the picture its title
+def _class_goals(learn, model, x, prepare, cls, score): # a goal for each class
     vocab = output_names(learn)
     def scores(pred):
         if score: pred = score(pred)
@@ -94,17 +95,19 @@ def _class_goals(learn, model, x, prepare, cls, score): # for each class a funct
     return [(partial(goal, i), partial(title, i)) for i in idxs]
 
 # %% ../../nbs/43_views.class_image.ipynb #ci000008
-def _channel_goals(model, zeros, prepare, layer, channel): # likewise for channels of a layer; `zeros` is a picture of the size wanted
+def _channel_goals(model, zeros, prepare, layer, channel): # a goal for each channel; `zeros` is a picture of the right size
     l = get_layer(model, layer)
     name = plain_name(layer_names(model, [l])[0])
     def output(p):
         with leaf_hooks([l]) as (h,): model(prepare(p))
         return ifnone(as_map(h.stored, p), h.stored)
     o = output(zeros)
-    if not isinstance(o, Tensor) or o.ndim<2: raise ValueError(f"{name} puts out no tensor (n, C, ...): choose another layer")
+    if not isinstance(o, Tensor) or o.ndim<2:
+        raise ValueError(f"{name} puts out no tensor (n, C, ...): choose another layer")
     if channel is None: return [(lambda p: output(p).pow(2).mean(), lambda pic: name)]
     chans = as_list(channel)
-    if not chans: raise ValueError("the list of channels is empty: name at least one, or leave it out for all of them together")
+    if not chans:
+        raise ValueError("the list of channels is empty: name at least one, or leave it out for all of them together")
     check_channels(chans, o.shape[1], name)
     def goal(c, p): return output(p)[:,c].mean()
     def title(c, pic): return f'{name}, channel {c}'
@@ -114,12 +117,18 @@ def _channel_goals(model, zeros, prepare, layer, channel): # likewise for channe
 @keep_random()
 def class_images(
     learn:Learner,
-    cls=None, layer=None, channel=None, # As for `get_class_image`
-    steps:int=512, size=None, seed:int=0, score=None # As for `get_class_image`
+    cls=None, # This and all others: as for `get_class_image`
+    layer=None,
+    channel=None,
+    steps:int=512,
+    size=None,
+    seed:int=0,
+    score=None
 ) -> tuple: # The pictures (k, C, H, W) in 0 to 1, on the CPU; a title for each
     "Search for the pictures that excite classes, or channels of a layer, most"
     if (cls is None)==(layer is None): raise ValueError("expected a class, or a layer with or without a channel")
-    if channel is not None and layer is None: raise ValueError(f"channel {channel!r} of which layer? Name it, or leave the channel out")
+    if channel is not None and layer is None:
+        raise ValueError(f"channel {channel!r} of which layer? Name it, or leave the channel out")
     if steps<1: raise ValueError(f"steps is {steps}; expected at least 1")
     model,(x,prepare) = unwrap(learn.model),blank(learn)
     if size is None: size = x.shape[2:]
@@ -141,7 +150,7 @@ def get_class_image(self:Learner,
     steps:int=512, # Of the search for each picture
     size=None, # Of the picture in pixels: a number, or (height, width); None = as the DataLoaders make them
     seed:int=0, # The same seed gives the same picture on the same machine, also beside others
-    score=None # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
+    score=None # For models that give neither a number a class nor a class a pixel: a function from the output to scores (n, c)
 ) -> Tensor: # (k, C, H, W) in 0 to 1, on the CPU
     "Get the pictures that excite classes, or channels of a layer, most: see `excite`"
     return class_images(self, cls, layer, channel, steps, size, seed, score)[0]
@@ -157,10 +166,11 @@ def show_class_image(self:Learner,
     figsize=None, # Of a new figure, in inches
     **kwargs
 ): # The Axes, or an array of them for several
-    "Show the picture that excites a class most, titled with the probability that the model gives it, or a channel of a layer"
+    "Show the picture that excites a class most, titled with its probability, or the one that excites a channel of a layer most"
     several = next((o for o in (cls, channel) if is_iter(o) and not isinstance(o, str)), None)
     k = 1 if several is None else len(several)
-    if ctx is not None and len(np.atleast_1d(ctx).ravel())!=k: raise ValueError(f"{k} pictures need {k} Axes: pass a list of them as ctx, or none")
+    if ctx is not None and len(np.atleast_1d(ctx).ravel())!=k:
+        raise ValueError(f"{k} pictures need {k} Axes: pass a list of them as ctx, or none")
     pics,titles = class_images(self, cls, layer, channel, **kwargs)
     fig = None
     if ctx is None:

@@ -9,7 +9,8 @@ __all__ = ['get_conv', 'filter_grid', 'map_layers']
 from fastai.vision.all import *
 from ..core.no_trace import keep_random, unwrap
 from ..core.hooks import copied_outputs
-from ..core.layers import layer_shapes, map_shapes, as_map, no_map, plain_name, layer_names, get_layer, find_layers, check_channels
+from ..core.layers import layer_shapes, map_shapes, as_map, no_map, plain_name, layer_names
+from ..core.layers import get_layer, find_layers, check_channels
 from ..core.targets import as_list
 from ..data.images import to_images
 from ..data.draw import wrap_title, closed_on_error
@@ -22,7 +23,8 @@ def get_conv(
     layer=None # A 2d convolution of `model`, or its dotted name; None = the first
 ) -> tuple: # Its name, the module
     "Find a 2d convolution of `model`; raises ValueError, with the names of those in it, for any other layer"
-    convs = {plain_name(n):m for n,m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd) and m.weight.ndim==4}
+    def is_conv(m): return isinstance(m, nn.modules.conv._ConvNd) and m.weight.ndim==4
+    convs = {plain_name(n):m for n,m in model.named_modules() if is_conv(m)}
     if not convs: raise ValueError(f"this {type(model).__name__} has no 2d convolution: there are no filters to show")
     if layer is None: return next(iter(convs.items()))
     m = get_layer(model, layer)
@@ -48,9 +50,9 @@ def _mosaic(pics, ncols): # (n, h, w, ...) -> one picture, in which what lies be
 def filter_grid(
     weight:Tensor, # Of a 2d convolution: (outputs, inputs, h, w)
     n:int=64, # How many pictures at most
-    same_scale:bool=False # One scale for all of them? If not, each has its own, except that filters of one pixel always share one
+    same_scale:bool=False # One scale for all of them, as always for filters of one pixel? If not, each has its own
 ) -> tuple: # One picture, (H, W, 3) or (H, W), in -1 to 1; how many outputs and inputs it shows
-    "Arrange the first filters in a grid, divided by their largest absolute value: in RGB if there are three inputs, else with a row for each output"
+    "Arrange the first filters in a grid: in RGB, or if there are not three inputs, in grey with a row for each output"
     o,i = weight.shape[:2]
     in_rgb = i==3
     cols = 1 if in_rgb else min(i, math.isqrt(n)) # pictures of one filter
@@ -88,7 +90,7 @@ def show_filters(self:Learner,
     ctx=None, # A matplotlib Axes, or a list of two with `fresh`; None = a new figure
     figsize=None # Of a new figure, in inches
 ): # The Axes, or an array of two with `fresh`
-    "Show the weights of a convolution: in RGB if it has three inputs, else in grey, with a row for each output and a column for each input; mid-grey is 0"
+    "Show the weights of a convolution: in RGB, or if there are not three inputs, in grey with a row for each output; mid-grey is 0"
     if n<1: raise ValueError(f"n is {n}; expected at least 1")
     name,m = get_conv(unwrap(self.model), layer)
     layers,fig = {name: m},None
@@ -96,7 +98,8 @@ def show_filters(self:Learner,
     if ctx is None: fig,ctx = plt.subplots(1, len(layers), figsize=figsize or (5*len(layers), 5.5), layout='compressed')
     axs = np.atleast_1d(ctx).ravel()
     if len(axs)!=len(layers):
-        raise ValueError(f"expected {len(layers)} Axes as ctx, not {len(axs)}: one for the layer, and with fresh=True one for its copy")
+        raise ValueError(f"expected {len(layers)} Axes as ctx, not {len(axs)}: "
+                         "one for the layer, and with fresh=True one for its copy")
     with closed_on_error(fig):
         for ax,(title,l) in zip(axs, layers.items()):
             pic,shown = filter_grid(l.weight, n, same_scale)
@@ -134,7 +137,7 @@ def get_feature_maps(self:Learner,
         for h in ran.hooks:
             name = plain_name(layer_names(ran.model, [h.m])[0])
             maps[name] = to_cpu(as_map(h.stored, ran.x)[0].as_subclass(Tensor).float())
-    def no_score(pred): return torch.zeros(1, len(vocab or '1')) # what the model says does not matter here, whatever its form
+    def no_score(pred): return torch.zeros(1, len(vocab or '1')) # what the model says does not matter, whatever its form
     run_passes(run, to_images(run.dls, [img], vocab=vocab), watch, keep, score=no_score)
     return maps
 
@@ -147,7 +150,7 @@ def _pick_channels(maps, channels, n): # a list for each of `maps`: `channels`, 
     return [channels]*len(maps)
 
 # %% ../../nbs/42_views.features.ipynb #fe000006
-def _draw_channels(fig, m, channels, ncols, same_scale): # these `channels` of the map `m`, in the (sub)figure `fig`; returns their Axes
+def _draw_channels(fig, m, channels, ncols, same_scale): # of the map `m`, in the (sub)figure `fig`; returns their Axes
     axs = fig.subplots(math.ceil(len(channels)/ncols), ncols, squeeze=False).ravel()
     for ax in axs: ax.axis('off')
     scale = dict(vmin=m[channels].min(), vmax=m[channels].max()) if same_scale else {}
@@ -163,7 +166,7 @@ def show_feature_maps(self:Learner,
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them
     n:int=16, # How many channels of each layer: those with the highest mean
     channels=None, # Show these instead: an index or a list of them
-    same_scale:bool=False, # One scale for the channels of a layer? If not, each goes from black, its smallest value, to white, its largest
+    same_scale:bool=False, # One scale for the channels of a layer? If not, each goes from black, its minimum, to white, its maximum
     figsize=None # In inches
 ): # An array of Axes: a row for each layer, a column for each channel
     "Show channels of layers as grey maps, the layers in the order in which they run"
