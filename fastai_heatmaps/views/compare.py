@@ -185,7 +185,7 @@ def _draw_difference(hms, imgs, axs, alpha, interpolation): # of two models, on 
         for j,ax in enumerate(row):
             show_overlay(imgs[i], diff.maps[i][j], ax, alpha, interpolation=interpolation, **scale)
             a,b = before.cls[i,j],after.cls[i,j]
-            wrap_title(ax, [f'{after.name(b)} {before.preds[i,a]:.2f} → {after.preds[i,b]:.2f}'])
+            wrap_title(ax, [f'{after.name(b)} {before.preds[i,a]:.2f}\xa0→\xa0{after.preds[i,b]:.2f}']) # the numbers stay in one line
 
 # %% ../../nbs/41_views.compare.ipynb #cm000023
 def _check_learners(learners, difference):
