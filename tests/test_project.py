@@ -5,7 +5,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from nbdev.config import get_config
+from nbdev.config import get_config, nbpath2html
 
 root = Path(__file__).parents[1]
 nbs = sorted((root/'nbs').glob('*.ipynb'))
@@ -26,7 +26,9 @@ def copy(tmp_path):
     return tmp_path
 
 
-def contents(path, pattern): return {p.name: p.read_text('utf-8') for p in path.glob(pattern)}
+def contents(path, pattern):
+    "Texts of the files below `path`, by their names from there"
+    return {p.relative_to(path).as_posix(): p.read_text('utf-8') for p in path.rglob(pattern) if '.ipynb_checkpoints' not in p.parts}
 
 
 def test_metadata():
@@ -40,7 +42,7 @@ def test_metadata():
 
 
 def test_package_is_what_the_notebooks_export(copy):
-    for f in (copy/'fastai_heatmaps').glob('*.py'):
+    for f in (copy/'fastai_heatmaps').rglob('*.py'):
         if f.name not in ('__init__.py', 'all.py'): f.unlink()
     subprocess.run([tool('nbdev-export')], cwd=copy, check=True)
     assert contents(copy/'fastai_heatmaps', '*.py')==contents(root/'fastai_heatmaps', '*.py'), 'run nbdev-export'
@@ -49,6 +51,12 @@ def test_package_is_what_the_notebooks_export(copy):
 def test_notebooks_are_clean(copy):
     subprocess.run([tool('nbdev-clean')], cwd=copy, check=True)
     assert contents(copy/'nbs', '*.ipynb')==contents(root/'nbs', '*.ipynb'), 'run nbdev-clean'
+
+
+def test_pictures_are_small():
+    "What everyone clones: 6 MB at most"
+    size = sum(f.stat().st_size for f in [*nbs, *(root/'README_files').iterdir()])
+    assert size<6e6, f'{size/1e6:.1f} MB: run the notebooks by tools/run_nbs.py, or draw less'
 
 
 def test_readme_is_what_the_notebook_writes(tmp_path):
@@ -61,23 +69,25 @@ def test_docs_build_strictly():
     res = subprocess.run([sys.executable, root/'tools'/'docs.py'], capture_output=True, text=True)
     assert res.returncode==0, res.stdout+res.stderr
     html = root/'docs'/'_build'/'html'
-    assert {p.name for p in html.glob('*.html')} >= {'index.html', *[f'{f.stem.split("_", 1)[-1]}.html' for f in nbs]}
-    assert 'Learner.show_gradcam' in (html/'learner.html').read_text('utf-8') and 'output' not in res.stderr.lower()
+    assert {p.name for p in html.glob('*.html')} >= {'index.html', *[nbpath2html(f).name for f in nbs]}
+    assert any('Learner.show_gradcam' in f.read_text('utf-8') for f in html.glob('learner*.html')) and 'output' not in res.stderr.lower()
 
 
 def test_wheel(tmp_path):
     "The wheel, built from the source distribution, holds all modules and runs from a folder of its own"
     subprocess.run([sys.executable, '-m', 'build', '--outdir', tmp_path, root], check=True, capture_output=True)
     wheel, = tmp_path.glob('*.whl')
+    script, = rows('console_scripts')
+    module = script.split(' = ')[1].split(':')[0]
     site = tmp_path/'site'
     subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', site, wheel], check=True)
     assert contents(site/'fastai_heatmaps', '*.py')==contents(root/'fastai_heatmaps', '*.py')
     info, = site.glob('*.dist-info')
-    assert 'fastai-heatmaps = fastai_heatmaps.cli:main' in (info/'entry_points.txt').read_text()
+    assert script==f'fastai-heatmaps = {module}:main' and script in (info/'entry_points.txt').read_text()
     assert (info/'licenses'/'LICENSE').exists() and f"Version: {cfg['version']}" in (info/'METADATA').read_text('utf-8')
-    code = 'import fastai_heatmaps.cli as c; print(c.__file__); c.main(["--version"])'
+    code = f'import {module} as c; print(c.__file__); c.main(["--version"])'
     res = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(site)}, capture_output=True, text=True)
-    assert res.stdout.splitlines()==[str(site/'fastai_heatmaps'/'cli.py'), f"fastai-heatmaps {cfg['version']}"], res.stderr
+    assert res.stdout.splitlines()==[str(site/module.replace('.', '/'))+'.py', f"fastai-heatmaps {cfg['version']}"], res.stderr
 
 
 def test_public_names():
@@ -89,14 +99,25 @@ print(*[hasattr(fh.Learner, n) for n in '''get_heatmaps show_heatmap show_gradca
 print(*[hasattr(fv.ClassificationInterpretation, n) for n in 'top_losses_heatmaps confusion_heatmaps'.split()])"""
     names,methods,interp = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert set(names.split())=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
-                                'in_mask', 'join_heatmaps', 'layer_shapes', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
+                                'in_mask', 'join_heatmaps', 'layer_shapes', 'leaf_output', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
     assert methods.split()==['True']*16 and interp.split()==['True']*2
 
 
-@pytest.mark.parametrize('fn', nbs, ids=lambda o: o.name)
-def test_notebook(fn, pytestconfig):
+@pytest.fixture(scope='session')
+def run_nb(tmp_path_factory):
+    "Runs a notebook as `nbdev-test` does: gives its exit code, and what it prints"
+    with subprocess.Popen([sys.executable, root/'tests'/'fork_nbs.py'], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        def run(fn, flags):
+            log = tmp_path_factory.mktemp('nb')/'log'
+            print(fn, flags, log, sep='\t', file=p.stdin, flush=True)
+            return int(p.stdout.readline()), log.read_text('utf-8')
+        yield run
+
+
+@pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if '_core.' in o.name else pytest.mark.slow) for o in nbs])
+def test_notebook(fn, run_nb, pytestconfig):
     "Runs the notebook; and what it shows was stored: each cell that draws has its picture, and no error or warning is stored"
-    res = subprocess.run([tool('nbdev-test'), fn, '--flags', pytestconfig.getoption('--nb-flags')], cwd=root, capture_output=True, text=True)
-    if res.returncode: pytest.fail(res.stdout+res.stderr, pytrace=False)
+    rc,text = run_nb(fn, pytestconfig.getoption('--nb-flags'))
+    if rc: pytest.fail(text, pytrace=False)
     outs = [o for c in json.loads(fn.read_text('utf-8'))['cells'] if c['cell_type']=='code' for o in c['outputs']]
     assert not [o for o in outs if o['output_type']=='error' or o.get('name')=='stderr']

@@ -24,7 +24,7 @@ def slug(s):
 def outputs(c):
     "Outputs of `c`, without tables' own styles and what a plotting call returns beside its picture"
     ds = [o.get('data', {}) for o in c.outputs]
-    pics = any('image/png' in d for d in ds)
+    pics = any({'image/png', 'image/jpeg'} & set(d) for d in ds)
     for d in ds:
         if 'text/html' not in d: continue
         s = re.sub('<style.*?</style>', '', ''.join(d['text/html']), flags=re.S)  # GitHub shows a style as text
@@ -58,7 +58,7 @@ def readme(dest):
     shutil.rmtree(dest/'README_files', ignore_errors=True)
     nb = StringIO(prep(pages['index'], link))
     md,res = MarkdownExporter().from_file(nb, dict(unique_key='README', output_files_dir='README_files'))
-    md = re.sub(r'\n( *\n){2,}', '\n\n', md.replace('![png]', '![Output]')).strip() + '\n'
+    md = re.sub(r'\n( *\n){2,}', '\n\n', re.sub(r'!\[(png|jpeg)\]', '![Output]', md)).strip() + '\n'
     FilesWriter(build_directory=str(dest)).write(md, res, notebook_name='README')
 
 def site(dest):

@@ -1,13 +1,26 @@
-"Run notebooks in a Jupyter kernel and store their outputs, clean: `python tools/run_nbs.py [NOTEBOOK ...]`"
+"Run notebooks in a Jupyter kernel and store their outputs, clean and small: `python tools/run_nbs.py [NOTEBOOK ...]`"
 import sys
+from base64 import b64decode,b64encode
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import nb_test_cells
+
+def shrink(png):
+    "MIME type and base64 of `png`, on white: a JPEG where that is smaller by a third or more, as with photos; else a PNG"
+    im = Image.open(BytesIO(b64decode(png))).convert('RGBA')
+    im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+    p,j = BytesIO(),BytesIO()
+    im.save(p, 'png', optimize=True)
+    im.save(j, 'jpeg', quality=75, subsampling=0, optimize=True, progressive=True)  # all of the colours, or coloured text is dull
+    mime,f = ('image/jpeg', j) if 3*j.tell() < 2*p.tell() else ('image/png', p)
+    return mime, b64encode(f.getvalue()).decode()
 
 def run(fn, cfg):
     "Run the cells of `fn` that `nbdev-test` runs; the others keep their outputs"
@@ -15,9 +28,12 @@ def run(fn, cfg):
     for c in nb.cells:
         if c.id not in todo: c.metadata['tags'] = ['skip-execution']
     NotebookClient(nb, timeout=cfg.cell_timeout, resources=dict(metadata=dict(path=str(fn.parent)))).execute()
+    nb.metadata.pop('widgets', None)  # what widgets hold, pictures too, though no output shows one
     for c in nb.cells:
-        # warnings name local paths
-        if c.cell_type=='code': c.outputs = [o for o in c.outputs if o.get('name')!='stderr']
+        if c.cell_type!='code': continue
+        c.outputs = [o for o in c.outputs if o.get('name')!='stderr']  # warnings name local paths
+        for o in c.outputs:
+            if 'image/png' in o.get('data', {}): o.data.update([shrink(o.data.pop('image/png'))])
     nbformat.write(nb, fn)
     nbdev_clean(str(fn))
 

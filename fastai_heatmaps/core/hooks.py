@@ -75,7 +75,8 @@ def copied_outputs(
             h.remove()
             h.hook_func = None # which knows all of `hooks`
         for l,known in zip(layers[len(hooks):], before[len(hooks):]): # an interrupt came first
-            for k in [k for k,f in l._forward_hooks.items() if k not in known and type(getattr(f, '__self__', None)) is Hook]: l._forward_hooks.pop(k)
+            lost = [k for k,f in l._forward_hooks.items() if k not in known and type(getattr(f, '__self__', None)) is Hook]
+            for k in lost: l._forward_hooks.pop(k)
     with restoring(remove):
         for i,l in enumerate(layers):
             hooks.append(hook_output(l))

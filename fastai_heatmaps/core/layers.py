@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tensors_in', 'recorded_shapes', 'output_shapes', 'layer_shapes', 'as_map', 'map_shapes', 'no_map', 'is_body_and_head',
-           'attentions', 'default_layer', 'plain_name', 'layer_names', 'get_layer', 'find_layers']
+           'attentions', 'default_layer', 'plain_name', 'layer_names', 'get_layer', 'find_layers', 'check_channels']
 
 # %% ../../nbs/02_core.layers.ipynb #87148aea
 from fastai.basics import *
@@ -95,9 +95,10 @@ def no_map(
 ) -> ValueError: # To be raised
     "Make the error for `what` having no map, with the names of the layers of `model` that have one, the last ones first"
     maps = [f"'{n}' ({s[2]}×{s[3]})" for n,s in reversed(map_shapes(layer_shapes(model, *xb), xb[0]).items())]
-    if maps: return ValueError(f"{what}: choose a layer that puts out a map (n, C, h, w), such as {', '.join(maps[:6])}{' ...' if len(maps)>6 else ''}")
-    return ValueError(f"{what}: no layer of this {type(model).__name__} puts out a map (n, C, h, w) of its input, or tokens of its patches; "
-                      "heatmaps of a layer need an image model with a convolutional body, or a vision transformer")
+    some = ', '.join(maps[:6]) + (' ...' if len(maps)>6 else '')
+    if maps: return ValueError(f"{what}: choose a layer that puts out a map (n, C, h, w), such as {some}")
+    return ValueError(f"{what}: no layer of this {type(model).__name__} puts out a map (n, C, h, w) of its input, "
+                      "or tokens of its patches; heatmaps of a layer need an image model with a convolutional body, or a vision transformer")
 
 # %% ../../nbs/02_core.layers.ipynb #58240582
 _pools = nn.modules.pooling._AdaptiveAvgPoolNd,nn.modules.pooling._AdaptiveMaxPoolNd
@@ -122,7 +123,7 @@ def attentions(
     return [n for n,m in model.named_modules() if n and re.search('attention|attn', type(m).__name__.lower())]
 
 # %% ../../nbs/02_core.layers.ipynb #0ded73b0
-def _with_influence(model, names, *xb): # the last of the layers `names` on whose map, in more than one cell, the model's output depends
+def _with_influence(model, names, *xb): # the last of the layers `names` with more than one cell that the output depends on
     names,xb = names[-32:],[x[:1] for x in xb]
     with quiet(model), leaf_hooks([model.get_submodule(n) for n in names]) as hooks:
         out = sum(t.float().pow(2).sum() for t in tensors_in(model(*xb)) if t.is_floating_point())
@@ -148,7 +149,8 @@ def default_layer(
     maps = map_shapes(shapes, xb[0])
     answer_is_map = '' in maps and maps['']==shapes['']
     inside = tuple(f'{n}.' for n in attentions(model))
-    maps = {n:s for n,s in maps.items() if n and not isinstance(model.get_submodule(n), _pools) and not f'{n}.'.startswith(inside)}
+    def counts(n): return n and not isinstance(model.get_submodule(n), _pools) and not f'{n}.'.startswith(inside)
+    maps = {n:s for n,s in maps.items() if counts(n)}
     if not maps: raise no_map('there is no default layer', model, *xb)
     if answer_is_map: maps = _deepest(maps)
     names,turned = list(maps),any(s!=shapes[n] for n,s in maps.items())
@@ -177,7 +179,8 @@ def get_layer(
     "Give `layer` as a module of `model`; raises ValueError, with the closest names, if it is none"
     if isinstance(layer, nn.Module):
         if layer in model.modules() and layer is not model: return layer
-        raise ValueError(f"this {type(layer).__name__} is not a layer of the model: pass one of its modules, or a name from model.named_modules()")
+        raise ValueError(f"this {type(layer).__name__} is not a layer of the model: "
+                         "pass one of its modules, or a name from model.named_modules()")
     names = {plain_name(n):m for n,m in model.named_modules()} # of a compiled part, the module inside
     if isinstance(layer, str):
         name = plain_name(layer)
@@ -197,3 +200,13 @@ def find_layers(
     layers = [layer] if isinstance(layer, (str, nn.Module)) or not is_iter(layer) else list(layer)
     if not layers: raise ValueError("the list of layers is empty: name at least one, or leave `layer` out")
     return [get_layer(model, o) for o in layers]
+
+# %% ../../nbs/02_core.layers.ipynb #ly000009
+def check_channels(
+    channels:list, # Indices
+    c:int, # How many channels the layer has
+    name:str # What the layer is called
+):
+    "Raise ValueError unless each of `channels` is one of the layer's"
+    for i in channels:
+        if not isinstance(i, (int, np.integer)) or not 0<=i<c: raise ValueError(f"no channel {i!r} in {name}: it has {c}, 0 to {c-1}")

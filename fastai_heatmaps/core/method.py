@@ -49,7 +49,7 @@ def needs_of(
 # %% ../../nbs/05_core.method.ipynb #73b27848
 def heatmap_method(
     name:str, # What users write as `method='...'`
-    needs:str=None, # 'activations', 'gradients', 'input', 'layer' or 'model', see above; None = 'activations' or 'gradients', by the number of its parameters
+    needs:str=None, # As in the table above; None = 'activations' or 'gradients', by the number of its parameters
     cost:str='', # In passes of the model, for the table
     during:callable=None # A context for the forward pass
 ):
@@ -118,7 +118,7 @@ def get_method(
     method, # A name in `heatmap_methods`, or a function
     **options # For it
 ) -> Method:
-    "Find the method that `method` stands for; raises ValueError, with a table of the methods, for an unknown one, and for an option that it does not have"
+    "Find the method that `method` stands for; raises ValueError, with a table of the methods, for an unknown one"
     if isinstance(method, Method): return method
     known = isinstance(method, str) and method in heatmap_methods
     if not known and not callable(method): raise _unknown(method)
@@ -128,5 +128,6 @@ def get_method(
         has = [n for n,p in signature(f).parameters.items() if p.default is not p.empty]
         wrong = [n for n in options if n not in has]
         called = method if known else getattr(f, '__name__', f)
-        if wrong: raise ValueError(f"the method {called!r} has no option {wrong[0]!r}; {f'its options are {chr(44).join(has)}' if has else 'it has none'}")
+        options_are = f"its options are {','.join(has)}" if has else 'it has none'
+        if wrong: raise ValueError(f"the method {called!r} has no option {wrong[0]!r}; {options_are}")
     return Method(f, name, **options)

@@ -18,7 +18,7 @@ from copy import copy
 
 # %% ../../nbs/06_core.passes.ipynb #ps000006
 class Probe(GetAttr):
-    "What a method is given: a pass, the classes to explain `idxs` (n, k) with their scores `y` (n, k), and what a layer put out as `acts` (n, C, h, w)"
+    "One question to a pass: the classes `idxs` (n, k) with their scores `y` (n, k), and what a layer put out, `acts` (n, C, h, w)"
     _default = 'ran'
     def __init__(self,
         ran, # The `Pass`
@@ -38,7 +38,7 @@ class Probe(GetAttr):
         return o if isinstance(self.hook, InputHook) or o.ndim==4 and o.shape[2:]==(1,1) else as_map(o, self.x)
 
     def picked(self, scores, i=None):
-        "Pick the scores (m, k) of the classes explained out of `scores` (m, c); of changed versions of image `i`, or of the whole batch"
+        "Pick the scores (m, k) of the classes explained, of changed versions of image `i` or of the whole batch"
         return scores.gather(1, self.idxs if i is None else self.idxs[i].expand(len(scores), -1))
 
     def gradients(self, weights=None):
@@ -47,12 +47,15 @@ class Probe(GetAttr):
         if weights is None: weights = F.one_hot(self.idxs.T, self.scores.shape[1])
         for j,w in enumerate(weights):
             key = None if known is None else (self.hook, *self.idxs[:,j].tolist())
-            if key is not None and key in known: yield known[key]
-            else:
-                g, = gradients(self.scores, w.to(self.scores), [self.hook.stored], retain=self.retain or j<len(weights)-1)
-                g = self.map(g.as_subclass(Tensor)).float()
-                if key is not None: known[key] = g
-                yield g
+            if known and key in known: g = known[key]
+            else: g = self.gradient(w, retain=self.retain or j<len(weights)-1)
+            if known is not None: known[key] = g
+            yield g
+
+    def gradient(self, weights, retain):
+        "Compute the gradient (n, C, h, w) of the scores, weighted by `weights` (n, c)"
+        g, = gradients(self.scores, weights.to(self.scores), [self.hook.stored], retain)
+        return self.map(g.as_subclass(Tensor)).float()
 
 # %% ../../nbs/06_core.passes.ipynb #00fa9b08
 def fuse(
@@ -72,14 +75,15 @@ def check_hook(
 ):
     "Raise ValueError if a hooked layer did not run or put out no map; warn where the map is 1×1"
     a,is_tensor = h.stored,isinstance(h.stored, Tensor)
+    a_thing = f'a {type(a).__name__}'
     if isinstance(h, InputHook):
         if is_tensor and a.requires_grad: return
-        raise ValueError(f"the model's input is {a.dtype if is_tensor else f'a {type(a).__name__}'}, which has no gradients: pass floating point images")
+        raise ValueError(f"the model's input is {a.dtype if is_tensor else a_thing}, which has no gradients: pass floating point images")
     if as_map(a, xb[0]) is not None and len(a)==len(xb[0]): return
     name = layer_names(model, [h.m])[0]
     if a is None: raise ValueError(f"layer '{name}' did not run in the forward pass: choose one that does")
     if not is_tensor or a.ndim!=4 or a.shape[2:]!=(1,1) or len(a)!=len(xb[0]):
-        raise no_map(f"layer '{name}' puts out {tuple(a.shape) if is_tensor else f'a {type(a).__name__}'}", model, *xb)
+        raise no_map(f"layer '{name}' puts out {tuple(a.shape) if is_tensor else a_thing}", model, *xb)
     warn(f"the map of layer '{name}' is 1×1, which shows nothing: choose an earlier layer or larger images")
 
 # %% ../../nbs/06_core.passes.ipynb #561e33aa
@@ -90,7 +94,8 @@ def clear_errors():
     except RuntimeError as e:
         chans = re.search(r'to have (\d+) channels, but got (\d+)', str(e))
         if not chans: raise
-        raise ValueError(f"the images have {chans[2]} channels and the model takes {chans[1]}: convert the images, or make the model with n_in={chans[2]}") from e
+        raise ValueError(f"the images have {chans[2]} channels and the model takes {chans[1]}: "
+                         f"convert the images, or make the model with n_in={chans[2]}") from e
 
 # %% ../../nbs/06_core.passes.ipynb #ps000008
 class Pass:
@@ -113,6 +118,7 @@ class Pass:
         for h in hooks: check_hook(h, model, *xb)
         self.x,self.grads = xb[0].detach().as_subclass(Tensor),{} # (a hook, the classes) -> gradients
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
+        self.channels_last = self.x.device.type=='cpu' and self.x.ndim==4 # the layout for changed images, until the model refuses it
         self.task,act = find_task(pred, targs, vocab, loss_func, score),activation(loss_func)
         self.score_of = self.task.scorer(pred, len(self.x), vocab, score)
         with torch.set_grad_enabled(len(hooks)>0): self.scores = self.score_of(pred)
@@ -125,12 +131,13 @@ class Pass:
         if is_targ(cls):
             t = self.targs
             if t is None or t.numel()!=len(self.x) or self.vocab is None and t.is_floating_point():
-                raise ValueError("cls='targ' needs one true class for each image, and they are not known here: pass (image, label) items, or name the classes")
+                raise ValueError("cls='targ' needs one true class for each image, and they are not known here: "
+                                 "pass (image, label) items, or name the classes")
             cls = t.reshape(-1).as_subclass(Tensor).long()
         return class_indices(cls, self.probs, self.vocab, topk)
 
     def explain(self, method, idxs, relu=True):
-        "Give maps (n, k, h, w), float32 on the CPU, of the classes `idxs` (n, k) by a `Method`; and what it reports, name -> (n, k)"
+        "Give the maps (n, k, h, w) of the classes `idxs` by a `Method`, float32 on the CPU; and what it reports, name -> (n, k)"
         if method.by_gradients: warn_if_saturated(self.pred, idxs)
         hooks = () if method.needs=='model' else self.hooks
         with self.again() if self.keep else nullcontext():

@@ -14,7 +14,8 @@ def _no_class(cls, vocab): # the error for a name that is unknown
     if not vocab: return ValueError(f"{cls!r} cannot be looked up without a vocab: pass the index of the class")
     lower = {str(o).lower(): o for o in vocab}
     close = [lower[o] for o in get_close_matches(cls.lower(), lower, n=5, cutoff=.5)] or vocab[:5]
-    return ValueError(f"no class {cls!r} among the {len(vocab)}; the closest names are {', '.join(repr(str(o)) for o in close)}")
+    names = ', '.join(repr(str(o)) for o in close)
+    return ValueError(f"no class {cls!r} among the {len(vocab)}; the closest names are {names}")
 
 # %% ../../nbs/03_core.targets.ipynb #89a433f9
 def class_index(
@@ -28,7 +29,9 @@ def class_index(
     hits = [i for i,o in enumerate(vocab) if isinstance(o, str)==isinstance(cls, str) and o==cls]
     if isinstance(cls, str) and not hits: hits = [i for i,o in enumerate(vocab) if str(o).lower()==cls.lower()]
     if len(hits)==1: return hits[0]
-    if hits: raise ValueError(f"{cls!r} could be any of the classes {', '.join(f'{i} ({vocab[i]!r})' for i in hits)}: pass the index")
+    if hits:
+        several = ', '.join(f'{i} ({vocab[i]!r})' for i in hits)
+        raise ValueError(f"{cls!r} could be any of the classes {several}: pass the index")
     if isinstance(cls, str): raise _no_class(cls, vocab)
     try: i = int(cls)
     except (TypeError, ValueError, OverflowError): i = None
@@ -49,7 +52,8 @@ def check_per_image(
     n:int # The number of images
 ):
     "Raise ValueError if `cls` has another length"
-    if len(cls)!=n: raise ValueError(f"cls has {len(cls)} indices for {n} images; a tensor names one class for each image, a list several for all")
+    if len(cls)==n: return
+    raise ValueError(f"cls has {len(cls)} indices for {n} images; a tensor names one class for each image, a list several for all")
 
 # %% ../../nbs/03_core.targets.ipynb #bc2cde7c
 def as_list(
@@ -75,12 +79,12 @@ def class_indices(
     "Find the classes to explain; raises ValueError for an unknown or repeated class, or a tensor of another length"
     n,c = probs.shape
     if cls is None:
-        if not isinstance(topk, int) or not 1<=topk<=c: raise ValueError(f"topk is {topk!r}; expected 1 to {c}, the number of classes")
-        return probs.topk(topk, 1).indices
+        if isinstance(topk, int) and 1<=topk<=c: return probs.topk(topk, 1).indices
+        raise ValueError(f"topk is {topk!r}; expected 1 to {c}, the number of classes")
     if is_per_image(cls):
         check_per_image(cls, n)
         return torch.tensor([[class_index(o.item(), c) for o in row] for row in cls.reshape(n, -1)], device=probs.device)
     idxs = [class_index(o, c, vocab) for o in as_list(cls)]
     if not idxs: raise ValueError("the list of classes is empty: name at least one, or leave `cls` out for the predicted class")
-    if len(set(idxs))<len(idxs): raise ValueError(f"a class appears twice in {as_list(cls)}, which is {idxs}: name each class once")
-    return torch.tensor(idxs, device=probs.device).expand(n, -1)
+    if len(set(idxs))==len(idxs): return torch.tensor(idxs, device=probs.device).expand(n, -1)
+    raise ValueError(f"a class appears twice in {as_list(cls)}, which is {idxs}: name each class once")

@@ -18,12 +18,12 @@ def class_scores(
     "Score each class for each image; raises ValueError where the output is of another shape, or does not fit the vocab"
     if not isinstance(pred, Tensor) or pred.ndim==0 or len(pred)!=n or pred.numel()!=pred.shape[:2].numel():
         got = tuple(pred.shape) if isinstance(pred, Tensor) else f'a {type(pred).__name__}'
-        raise ValueError(f"the model's output is {got}; expected one number a class for each image, a tensor of shape (n, c), here n is {n}: "
-                         "pass score=, a function that makes it from the output")
+        raise ValueError(f"the model's output is {got}; expected one number a class for each image, a tensor of shape (n, c), "
+                         f"here n is {n}: pass score=, a function that makes it from the output")
     y = pred.reshape(n, -1)
     if vocab and y.shape[1]==1 and len(vocab)==2: return torch.cat([-y, y], 1)
-    if vocab and y.shape[1]!=len(vocab): raise ValueError(f"the model has {y.shape[1]} outputs and the vocab {len(vocab)} names: they should be as many")
-    return y
+    if not vocab or y.shape[1]==len(vocab): return y
+    raise ValueError(f"the model has {y.shape[1]} outputs and the vocab {len(vocab)} names: they should be as many")
 
 # %% ../../nbs/04_core.tasks.ipynb #190627d3
 def is_dense(
@@ -33,7 +33,8 @@ def is_dense(
     return isinstance(pred, Tensor) and pred.ndim==4 and pred.shape[2:].numel()>1
 
 # %% ../../nbs/04_core.tasks.ipynb #5608fd2b
-def _two(pred, vocab): return torch.cat([-pred, pred], 1) if pred.shape[1]==1 and len(vocab or ())==2 else pred # one output for two classes
+def _two(pred, vocab): # a channel for each class, also where one stands for two
+    return torch.cat([-pred, pred], 1) if pred.shape[1]==1 and len(vocab or ())==2 else pred
 
 def class_pixels(
     pred:Tensor, # (n, c, H, W)
@@ -50,10 +51,12 @@ def in_mask(
     "Make a `score` for segmentation: each class's logits, averaged over the pixels of `mask`"
     mask = torch.as_tensor(np.asarray(mask)).float()
     if mask.ndim!=2 or not mask.any():
-        raise ValueError(f"the mask is {tuple(mask.shape)}, with {int(mask.count_nonzero())} pixels that count; expected (H, W) with at least one")
+        raise ValueError(f"the mask is {tuple(mask.shape)}, with {int(mask.count_nonzero())} pixels that count; "
+                         "expected (H, W) with at least one")
     def score(pred):
         if not is_dense(pred) or pred.shape[2:]!=mask.shape:
-            raise ValueError(f"the mask is {tuple(mask.shape)} and the model's output {tuple(pred.shape)}: they should have the same height and width")
+            raise ValueError(f"the mask is {tuple(mask.shape)} and the model's output {tuple(pred.shape)}: "
+                             "they should have the same height and width")
         m = mask.to(pred.device)
         return (pred*m).sum((2,3))/m.sum()
     return score
@@ -133,9 +136,11 @@ class Task:
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000010
 _binary = [(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), (nn.BCELoss, F.binary_cross_entropy)]
-_distances = [(nn.MSELoss, F.mse_loss), (nn.L1Loss, F.l1_loss), (nn.SmoothL1Loss, F.smooth_l1_loss), (nn.HuberLoss, F.huber_loss)]
+_distances = [(nn.MSELoss, F.mse_loss), (nn.L1Loss, F.l1_loss),
+              (nn.SmoothL1Loss, F.smooth_l1_loss), (nn.HuberLoss, F.huber_loss)]
 
-def _is_loss(loss_func, kinds): return any(isinstance(getattr(loss_func, 'func', loss_func), cls) or loss_func is f for cls,f in kinds)
+def _is_loss(loss_func, kinds): # fastai keeps PyTorch's loss in `func`
+    return any(isinstance(getattr(loss_func, 'func', loss_func), cls) or loss_func is f for cls,f in kinds)
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000011
 @enter_task
@@ -211,4 +216,5 @@ def warn_if_saturated(
     if p.min()<0 or p.max()>1 or p.min()==p.max()==0: return
     if p.shape[1]>1: p = p.gather(1, idxs)
     if ((p>.999) | (p<1e-6)).any():
-        warn("the model seems to end in a sigmoid or softmax, which is saturated here: gradients vanish and the map is faint; explain the model without it")
+        warn("the model seems to end in a sigmoid or softmax, which is saturated here: gradients vanish and the map is faint; "
+             "explain the model without it")

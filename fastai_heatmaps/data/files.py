@@ -19,7 +19,7 @@ import csv
 def whole_file(
     path:Path # The file
 ):
-    "A context that gives a name to write to; what was written becomes the file `path` at its end, and is gone if there was an error"
+    "Give a temporary name to write to, which becomes `path` at the end; after an error nothing is left of it"
     tmp = path.with_name(f'.{crc32(path.name.encode()):08x}.{os.getpid()}.tmp')
     try:
         yield tmp
@@ -31,75 +31,97 @@ def file_names(
     names:list, # Of anything, as text
     most:int=80 # Bytes that a name may have, before a number is added
 ) -> list: # Of text
-    "A name of its own for each of `names`, of letters, digits, '-' and '_'"
+    "Make a different file name for each of `names`, of letters, digits, '-' and '_'"
     used,res = set(),[]
-    for n in names:
-        n = re.sub(r'[^\w-]+', '_', str(n)).strip('_').encode()[:most].decode(errors='ignore') or 'image'
-        res.append(next(o for o in (n if i==1 else f'{n}-{i}' for i in count(1)) if o.lower() not in used))
+    for name in names:
+        name = re.sub(r'[^\w-]+', '_', str(name)).strip('_')
+        name = name.encode()[:most].decode(errors='ignore') or 'image'
+        tries = (name if i==1 else f'{name}-{i}' for i in count(1))
+        res.append(next(o for o in tries if o.lower() not in used))
         used.add(res[-1].lower())
     return res
+
+# %% ../../nbs/24_data.files.ipynb #fi000009
+_text = dict(newline='', encoding='utf-8', errors='surrogateescape') # how tables are opened
 
 # %% ../../nbs/24_data.files.ipynb #c775930e
 def add_rows(
     table:Path, # A CSV file
     rows:list # Dicts with the same keys
 ) -> Path: # The file
-    "Adds `rows` to a table, in the place of those of the same overlays"
+    "Add `rows` to a table, in place of those with the same overlays"
     new,old = {r['overlay'] for r in rows},[]
     if table.exists():
-        with open(table, newline='', encoding='utf-8', errors='surrogateescape') as f: old = [o for o in csv.DictReader(f) if o['overlay'] not in new]
-    with whole_file(table) as tmp, open(tmp, 'w', newline='', encoding='utf-8', errors='surrogateescape') as f:
+        with open(table, **_text) as f: old = [o for o in csv.DictReader(f) if o['overlay'] not in new]
+    with whole_file(table) as tmp, open(tmp, 'w', **_text) as f:
         out = csv.DictWriter(f, rows[0])
         out.writeheader()
         out.writerows(old+rows)
     return table
 
+# %% ../../nbs/24_data.files.ipynb #fi000010
+_kinds = 'map','heatmap','overlay' # of pictures
+_formats = dict(png='PNG', jpg='JPEG', webp='WEBP')
+
+def _rows(hm, names, fmt): # a list for each image, of the rows of its maps
+    items,names,cls = hm.images.names,file_names(names),hm.cls.tolist()
+    stems = [f'{n}-{c}' for n,row in zip(names, cls) for c in file_names(map(hm.name, row))]
+    stems = iter(file_names(stems, 161))
+    def row(i, c):
+        stem = next(stems)
+        return dict(item=items[i], cls=hm.name(c), probability=f'{float(hm.preds[i,c]):.6g}', truth='' if hm.targs is None else hm.truth(i),
+                    method=hm.method, layer=hm.layer, **{k:f'{stem}-{k}.{fmt}' for k in _kinds},
+                    fastai_heatmaps=__version__, torch=torch.__version__)
+    return [[row(i, c) for c in cs] for i,cs in enumerate(cls)]
+
 # %% ../../nbs/24_data.files.ipynb #6be3598c
-@patch
-def _pictures(self:Heatmaps, i, on, alpha, interpolation, scales): # for each class of image `i` the map in grey, in colours, and on the image, as arrays (H, W) or (H, W, 3) of 0 to 1
-    img,maps = self.view(i, on, interpolation)
+def _pictures(hm, i, on, alpha, interpolation, scales): # of each map of image `i` its `_kinds`, as arrays (H, W) or (H, W, 3) in 0 to 1
+    img,maps = hm.view(i, on, interpolation)
     if maps.shape[1:]!=img.shape[1:]: maps = F.interpolate(maps[None], img.shape[1:], mode=interpolation)[0]
     img = img.expand(3, -1, -1).permute(1, 2, 0).numpy()
     for m,scale in zip(maps.numpy(), scales):
-        seen = np.isfinite(m)[...,None]
-        grey = np.clip((np.where(seen[...,0], m, 0)-scale['vmin']) / (scale['vmax']-scale['vmin']), 0, 1)
+        seen = np.isfinite(m) # the rest of a photo was cropped away
+        grey = (np.where(seen, m, 0)-scale['vmin']) / (scale['vmax']-scale['vmin'])
+        grey = np.clip(grey, 0, 1)
         colours = plt.get_cmap(scale['cmap'])(grey)[...,:3]
+        seen = seen[...,None]
         yield grey, colours*seen, np.where(seen, alpha*colours+(1-alpha)*img, img)
 
-# %% ../../nbs/24_data.files.ipynb #e71cf53a
-_formats = dict(png='PNG', jpg='JPEG', webp='WEBP')
+# %% ../../nbs/24_data.files.ipynb #fi000012
+def _check_folder(folder, rows, fresh): # may the pictures of `rows` be written there? `fresh`: not over others
+    table = folder/'manifest.csv'
+    if table.exists() and 'overlay' not in table.read_text('utf-8', errors='replace').split('\n')[0].split(','):
+        raise FileExistsError(f"{table} is a table of other things: choose another folder")
+    there = [r[k] for r in rows for k in _kinds if (folder/r[k]).exists()]
+    if there and fresh: raise FileExistsError(f"{folder/there[0]} is there already: choose another folder, or pass overwrite=True")
 
+# %% ../../nbs/24_data.files.ipynb #e71cf53a
 @patch
 def save(self:Heatmaps,
-    folder, # It is made if it is not there
+    folder, # It is made if it does not exist
     fmt:str='png', # Of the pictures: 'png', 'jpg' or 'webp'
     on='input', # What the maps lie on, and the size of the pictures: 'input' = what the model saw, 'original' = the photo as it was opened
-    names:list=None, # What the files of each image are called; None = as the image's own file, or by its place
+    names:list=None, # What the files of each image are called; None = like the image's own file, or by its place
     overwrite:bool=False, # Write over files of the same names?
     alpha=0.6, # Opacity of the map on the image: 0 to 1
     cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values
     interpolation='bilinear', # 'nearest' shows the cells; or 'bicubic'
     same_scale=False # One colour scale for all the maps of these `Heatmaps`?
 ) -> Path: # The table
-    "Writes three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv. Raises ValueError for another format, and FileExistsError before anything is written"
+    "Write three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv"
     if fmt not in _formats: raise ValueError(f"fmt is {fmt!r}; expected one of {', '.join(_formats)}")
-    if interpolation not in ('nearest', 'bilinear', 'bicubic'): raise ValueError(f"interpolation is {interpolation!r}; expected 'nearest', 'bilinear' or 'bicubic'")
+    if interpolation not in ('nearest', 'bilinear', 'bicubic'):
+        raise ValueError(f"interpolation is {interpolation!r}; expected 'nearest', 'bilinear' or 'bicubic'")
     if not len(self): raise ValueError("there are no heatmaps to save")
-    folder,kinds = Path(folder),('map', 'heatmap', 'overlay')
-    items = self.images.names
-    names = names or [Path(o).stem for o in items]
+    names = names or [Path(o).stem for o in self.images.names]
     if len(names)!=len(self): raise ValueError(f"there are {len(names)} names for {len(self)} images: pass one for each")
-    stems = iter(file_names([f'{n}-{c}' for n,row in zip(file_names(names), self.cls.tolist()) for c in file_names(map(self.name, row))], 161))
-    rows = [[dict(item=o, cls=self.name(c), probability=f'{float(p[c]):.6g}', truth='' if self.targs is None else self.truth(i), method=self.method, layer=self.layer,
-                  **{k:f'{s}-{k}.{fmt}' for k in kinds}, fastai_heatmaps=__version__, torch=torch.__version__) for c,s in zip(row, stems)]
-            for i,(o,p,row) in enumerate(zip(items, self.preds, self.cls.tolist()))]
-    if (folder/'manifest.csv').exists() and 'overlay' not in (folder/'manifest.csv').read_text('utf-8', errors='replace').split('\n')[0].split(','): raise FileExistsError(f"{folder/'manifest.csv'} is a table of other things: choose another folder")
-    there = [r[k] for row in rows for r in row for k in kinds if (folder/r[k]).exists()]
-    if there and not overwrite: raise FileExistsError(f"{folder/there[0]} is there already: choose another folder, or pass overwrite=True")
+    folder,rows = Path(folder),_rows(self, names, fmt)
+    _check_folder(folder, sum(rows, []), fresh=not overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    scales = self.scales(cmap, same_scale) # all maps are looked at once, not for each image
+    scales = self.scales(cmap, same_scale) # looks at all maps, once
     for i,row in enumerate(rows):
-        for r,pics in zip(row, self._pictures(i, on, alpha, interpolation, scales(i))):
-            for k,pic in zip(kinds, pics):
-                with whole_file(folder/r[k]) as tmp: Image.fromarray((255*pic).round().astype(np.uint8)).save(tmp, _formats[fmt])
+        for r,pics in zip(row, _pictures(self, i, on, alpha, interpolation, scales(i))):
+            for k,pic in zip(_kinds, pics):
+                im = Image.fromarray((255*pic).round().astype(np.uint8))
+                with whole_file(folder/r[k]) as tmp: im.save(tmp, _formats[fmt])
     return add_rows(folder/'manifest.csv', sum(rows, []))

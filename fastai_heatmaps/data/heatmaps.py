@@ -13,37 +13,40 @@ from ..core.layers import layer_names
 from ..core.tasks import tasks
 from .images import Images
 from .photo import on_photo, check_alike
-from .draw import color_scale, wrap_title, show_overlay, closed_on_error
+from .draw import color_scale, show_overlay, wrap_title, new_panels, closed_on_error
 from copy import copy
 import io
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
 class Heatmaps:
-    "The heatmaps of n images for k classes each, with what the model said; shows itself as a grid of pictures"
+    "Keep the heatmaps of n images for k classes each, with what the model said of them"
     def __init__(self,
         maps, # (n, k, h, w), float32, not normalised; a list of n tensors (k, h, w) where the images differ in size
         cls:Tensor, # (n, k): the classes that are explained, as indices
         preds:Tensor, # (n, c): what `get_preds` gives, the probability of each class where the loss function has an activation
         *,
         targs:Tensor=None, # (n,): the true classes, where they are known; (n, c) if there are several, or numbers
-        images:Images=None, # What is explained
+        images:Images=None, # What is explained; None = images without names or pixels
         vocab=None, # The names of the c classes, where they are known
         task:str='class', # What the c numbers are, a name in `tasks`
-        thresh:float=.5, # Above which probability one of several classes is predicted
+        thresh:float=.5, # Probability above which a class of a multi-label task is predicted
         info:dict=None, # What the method reports, name -> (n, k), such as the completeness of integrated gradients
         method:str='', # What made the maps
-        layer:str='' # The name of the layer that they are of, or of several with commas between; '' where the method looks at none
+        layer:str='' # Names of the layers that the maps are of, with commas between them; '' if the method looks at no layer
     ):
         store_attr()
-        self.info,self.images = info or {},images or Images(names=[f'image{i}' for i in range_of(maps)], idxs=range_of(maps))
+        self.info = info or {}
+        if images is None: self.images = Images(idxs=range_of(maps), names=[f'image{i}' for i in range_of(maps)])
 
     def __len__(self): return len(self.maps)
+
     def __repr__(self):
         shape = tuple(self.maps.shape) if isinstance(self.maps, Tensor) else f'{len(self)} maps of several sizes'
-        return f"Heatmaps {shape}: {len(self)} image{'s'[:len(self)!=1]}, {self.cls.shape[1]} of {self.preds.shape[1]} classes each"
+        images = '1 image' if len(self)==1 else f'{len(self)} images'
+        return f"Heatmaps {shape}: {images}, {self.cls.shape[1]} of {self.preds.shape[1]} classes each"
 
     def replace(self, **kwargs):
-        "These heatmaps with something else in the place of what `kwargs` names"
+        "Copy these heatmaps, with other values for the attributes in `kwargs`"
         res = copy(self)
         for k,v in kwargs.items():
             if k not in vars(self): raise TypeError(f"Heatmaps have no {k!r}")
@@ -51,27 +54,34 @@ class Heatmaps:
         return res
 
     def __getitem__(self, i):
-        "The heatmaps of one image (an index) or several (a slice, a list of indices, a mask), as `Heatmaps`"
-        rows = np.atleast_1d(np.arange(len(self))[to_np(i) if isinstance(i, Tensor) else i]).tolist()
-        def pick(o): return None if o is None else o[rows] if isinstance(o, Tensor) else [o[i] for i in rows]
-        return self.replace(**{k:pick(getattr(self, k)) for k in ('maps', 'cls', 'preds', 'targs')},
-                            images=self.images[rows], info={k:pick(v) for k,v in self.info.items()})
+        "Choose one image (an index) or several (a slice, a list of indices, a mask), as `Heatmaps`"
+        if isinstance(i, Tensor): i = to_np(i)
+        rows = np.atleast_1d(np.arange(len(self))[i]).tolist()
+        def pick(o):
+            if isinstance(o, Tensor): return o[rows]
+            return None if o is None else [o[i] for i in rows]
+        each = {k:pick(getattr(self, k)) for k in ('maps', 'cls', 'preds', 'targs')}
+        return self.replace(**each, images=self.images[rows], info={k:pick(v) for k,v in self.info.items()})
 
     @property
-    def dl(self): return self.images.dl
+    def dl(self):
+        "Get the DataLoader of the images; None if they were loaded without one"
+        return self.images.dl
     @property
-    def idxs(self): return self.images.idxs
+    def idxs(self):
+        "List the places of the images in the dataset"
+        return self.images.idxs
     @property
     def items(self):
-        "What the images were made from: paths, rows, ..."
+        "List what the images were made from: paths, rows, ..."
         return self.images.items
 
     def name(self, c):
-        "The name of class `c`, or its index as text"
+        "Name class `c`: its name in the vocab, or its index as text"
         return str(c if self.vocab is None else self.vocab[c])
 
     def image(self, i):
-        "Image `i` as the model saw it, decoded: (channels, H, W)"
+        "Decode image `i` as the model saw it: (channels, H, W)"
         return self.images.image(i)
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000002
@@ -97,19 +107,30 @@ def join(cls:Heatmaps,
     parts:list, # `Heatmaps` of the same classes, made alike
     images:Images=None # All of their images; None = those of the parts, which then share a DataLoader
 ) -> Heatmaps:
-    "Join `parts`, in their order; what is not kept for each image is that of the first"
-    one = parts[0]
+    "Join `parts`, in their order"
+    def cat(k):
+        tensors = [getattr(p, k) for p in parts]
+        return None if any(t is None for t in tensors) else torch.cat(tensors)
     maps = [m for p in parts for m in p.maps]
-    def cat(k): return None if any(getattr(p, k) is None for p in parts) else torch.cat([getattr(p, k) for p in parts])
-    if images is None: images = Images(one.dl, [i for p in parts for i in p.idxs])
-    return one.replace(maps=torch.stack(maps) if len({m.shape for m in maps})==1 else maps, cls=cat('cls'), preds=cat('preds'), targs=cat('targs'),
-                       images=images, info={k:torch.cat([p.info[k] for p in parts]) for k in one.info})
+    if len({m.shape for m in maps})==1: maps = torch.stack(maps)
+    if images is None: images = Images.join([p.images for p in parts])
+    info = {k:torch.cat([p.info[k] for p in parts]) for k in parts[0].info}
+    return parts[0].replace(maps=maps, cls=cat('cls'), preds=cat('preds'), targs=cat('targs'), images=images, info=info)
 
 # %% ../../nbs/23_data.heatmaps.ipynb #99c8e07d
 @patch
 def truth(self:Heatmaps, i):
-    "What is known to be true of image `i`, as text"
+    "Say what is known to be true of image `i`"
     return tasks[self.task].truth(self.targs[i], self.name)
+
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000012
+@patch
+def notes(self:Heatmaps, i, j=0):
+    "List what has to be said of a map besides its class: that it is empty, and what the method reports"
+    m,notes = self.maps[i][j],[]
+    if not m.isfinite().all(): notes.append('(no map: its values are not finite)')
+    elif not m.any(): notes.append('(no evidence: the map is flat)')
+    return notes + [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()]
 
 # %% ../../nbs/23_data.heatmaps.ipynb #458366d2
 @patch
@@ -118,23 +139,22 @@ def title(self:Heatmaps,
     j:int=0, # Which of the classes explained
     truth=True # Name the true class too, where it is known?
 ) -> tuple: # Lines and a colour
-    "Title a map: the class explained, the predicted one if no panel explains it, and the true one; ✓ and green if the prediction is true, ✗ and red if not"
-    task,p,c,color = tasks[self.task],self.preds[i],int(self.cls[i,j]),'black'
-    t,shown = None if self.targs is None else self.targs[i],self.cls[i].tolist()
-    lines = [task.says(self.name(c), p, c)]
-    if t is not None:
-        pred,right = task.predicted(p),task.right(p, t, c, shown, self.thresh)
+    "Title a map with the class explained, the predicted and the true one"
+    task = tasks[self.task]
+    p,c = self.preds[i],int(self.cls[i,j])
+    lines,color = [task.says(self.name(c), p, c)],'black'
+    if self.targs is not None:
+        t,shown = self.targs[i],self.cls[i].tolist()
+        pred = task.predicted(p)
+        right = task.right(p, t, c, shown, self.thresh)
         if pred is not None and pred not in shown: lines.append(f'predicted: {task.says(self.name(pred), p, pred)}')
         if right is not None:
             lines[-1] += '\xa0✓' if right else '\xa0✗'
             color = 'green' if right else 'red'
         if truth: lines.append(f'truth: {task.truth_of(t, c, self.name)}')
-    m = self.maps[i][j]
-    if not m.isfinite().all(): lines.append('(no map: its values are not finite)')
-    elif not m.any(): lines.append('(no evidence: the map is flat)')
-    return lines + [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()],color
+    return lines + self.notes(i, j),color
 
-# %% ../../nbs/23_data.heatmaps.ipynb #hm000010
+# %% ../../nbs/23_data.heatmaps.ipynb #6e59b497
 @patch
 def notes(self:Heatmaps, i, j=0):
     "List what a title says beside the class of map `j` of image `i`: that there is nothing to see, what the method reports"
@@ -145,34 +165,69 @@ def notes(self:Heatmaps, i, j=0):
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000004
 @patch
-def view(self:Heatmaps, i, on='input', interpolation='bilinear', limit=None):
-    "An image (channels, H, W) and its maps (k, h, w), which lie over it: what the model saw, or with `on='original'` the photo as it was opened, no side of it longer than `limit` pixels"
+def view(self:Heatmaps,
+    i:int, # Which image
+    on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened
+    interpolation='bilinear', # How maps are carried back to a photo
+    limit=None # Longest side of a photo, in pixels; None = as it is
+) -> tuple: # The image (channels, H, W) in 0 to 1; its maps (k, h, w), NaN where the model did not see a photo
+    "Get an image, and its maps to lie over it"
     seen,maps = self.image(i),self.maps[i].float()
     if on=='input': return seen,maps
-    if on!='original': raise ValueError(f"on is {on!r}; expected 'input', what the model saw, or 'original', the photo as it was opened")
-    im,grid = self.images.photo(i)
+    if on!='original':
+        raise ValueError(f"on is {on!r}; expected 'input', what the model saw, or 'original', the photo as it was opened")
+    photo,grid = self.images.photo(i)
     if limit:
-        im = im.copy() # it may be the user's own
-        im.thumbnail((limit, limit))
-    im = image2tensor(im if im.mode in ('L', 'RGB') else im.convert('RGB')).float()/255
-    check_alike(im, seen, grid)
-    return im,on_photo(maps, grid, im.shape[-2:], interpolation if interpolation in ('nearest', 'bicubic') else 'bilinear')
+        photo = photo.copy() # it may be the user's own
+        photo.thumbnail((limit, limit))
+    if photo.mode not in ('L', 'RGB'): photo = photo.convert('RGB')
+    img = image2tensor(photo).float()/255
+    check_alike(img, seen, grid)
+    mode = interpolation if interpolation in ('nearest', 'bicubic') else 'bilinear'
+    return img,on_photo(maps, grid, img.shape[-2:], mode)
 
 # %% ../../nbs/23_data.heatmaps.ipynb #d379f06f
 @patch
-def scales(self:Heatmaps, cmap=None, same_scale=False): # a function of an image's place, that gives a scale for each of its maps
-    common = color_scale(self.maps) # its sign is that of every panel, its ends are with `same_scale`
+def scales(self:Heatmaps,
+    cmap=None, # A matplotlib colormap; None = that of `color_scale`
+    same_scale=False # One colour scale for all maps of all images?
+) -> callable: # `i ->` a list of what `color_scale` gives, one for each map of image `i`
+    "Make a function that gives the colour scales of an image's maps"
+    common = color_scale(self.maps)
+    signed = common['vmin']<0
     def of(i):
-        scales = [common if same_scale else color_scale([m], common['vmin']<0) for m in self.maps[i]]
+        scales = [common if same_scale else color_scale([m], signed) for m in self.maps[i]]
         return [{**o, 'cmap':cmap or o['cmap']} for o in scales]
     return of
 
 # %% ../../nbs/23_data.heatmaps.ipynb #dcb824bd
 @patch
-def draw(self:Heatmaps, i, img, axs, alpha=0.6, cmap=None, interpolation='bilinear', truth=True, same_scale=False, maps=None):
-    for j,(ax,m,scale) in enumerate(zip(axs, ifnone(maps, self.maps[i].float()), self.scales(cmap, same_scale)(i))):
+def draw(self:Heatmaps,
+    i:int, # Which image
+    img:Tensor, # As from `view`
+    axs:list, # k matplotlib Axes
+    alpha=0.6, # Opacity of the map: 0 to 1
+    cmap=None, # A matplotlib colormap; None = that of `color_scale`
+    interpolation='bilinear', # As in matplotlib's `imshow`
+    truth=True, # Name the true class too, where it is known?
+    same_scale=False, # One colour scale for all the maps of these `Heatmaps`?
+    maps=None # As from `view`; None = those of image `i`
+):
+    "Draw the maps of image `i` over it, each titled with its class"
+    maps = ifnone(maps, self.maps[i].float())
+    scales = self.scales(cmap, same_scale)(i)
+    for j,(ax,m,scale) in enumerate(zip(axs, maps, scales)):
         show_overlay(img, m, ax, alpha, interpolation=interpolation, **scale)
         wrap_title(ax, *self.title(i, j, truth))
+
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000017
+def _class_panels(img, k, figsize=None): # a figure with `k` Axes of the shape of `img`
+    h,w = img.shape[-2:]
+    cols = min(k, 4)
+    width = min(max(4*w/h, 1.5), 12/cols)
+    fig,axs = new_panels(math.ceil(k/4), cols, width, width*h/w+.5, figsize)
+    for ax in axs.flat[k:]: ax.axis('off')
+    return fig,axs.flat[:k]
 
 # %% ../../nbs/23_data.heatmaps.ipynb #60068516
 @patch
@@ -186,15 +241,10 @@ def show(self:Heatmaps,
     same_scale=False, # One colour scale for all the maps of these `Heatmaps`?
     on='input' # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
 ): # The Axes, or an array of them for several classes
-    "Draws the maps of image `i` over it, each titled with its class and probability. Raises ValueError where the photo cannot be followed to what the model saw"
-    (img,maps),k,fig = self.view(i, on, interpolation, limit=1024),self.cls.shape[1],None
-    if ctx is None:
-        h,w = img.shape[-2:]
-        rows,cols = math.ceil(k/4),min(k, 4)
-        width = min(max(4*w/h, 1.5), 12/cols) # inches a panel: readable, and no wider than a notebook
-        fig,axs = plt.subplots(rows, cols, figsize=figsize or (cols*width, rows*(width*h/w+.5)), layout='compressed', squeeze=False)
-        for ax in axs.flat[k:]: ax.axis('off')
-        ctx = axs.flat[:k]
+    "Draw the maps of image `i` over it, each titled with its class and probability"
+    img,maps = self.view(i, on, interpolation, limit=1024)
+    k,fig = len(maps),None
+    if ctx is None: fig,ctx = _class_panels(img, k, figsize)
     axs = np.atleast_1d(ctx).ravel()
     if len(axs)!=k: raise ValueError(f"{k} classes need {k} Axes, not {len(axs)}: pass a list of them as ctx, or none")
     with closed_on_error(fig): self.draw(i, img, axs, alpha, cmap, interpolation, same_scale=same_scale, maps=maps)
@@ -209,28 +259,28 @@ def plot(self:Heatmaps,
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
     **kwargs
 ): # An array of Axes, rows × columns
-    "A grid: each image, titled with the true class where it is known, and beside it its heatmaps"
+    "Draw a grid: each image, titled with the true class where it is known, and beside it its heatmaps"
     n,k = len(self),self.cls.shape[1]
     if not n: raise ValueError("there are no heatmaps to draw")
-    ncols = min(n, ncols or max(1, 4//(k+1)))
     views = [self.view(i, on, kwargs.get('interpolation', 'bilinear'), limit=1024) for i in range(n)]
-    rows,cols = math.ceil(n/ncols),ncols*(k+1)
-    width,shape = 12/max(cols, 4),np.median([im.shape[1]/im.shape[2] for im,_ in views])
-    fig,axs = plt.subplots(rows, cols, figsize=figsize or (width*cols, rows*(width*shape+.35)), layout='compressed', squeeze=False)
+    ncols = min(n, ncols or max(1, 4//(k+1)))
+    cols = ncols*(k+1)
+    width = 12/max(cols, 4)
+    shape = np.median([img.shape[1]/img.shape[2] for img,_ in views])
+    fig,axs = new_panels(math.ceil(n/ncols), cols, width, width*shape+.35, figsize)
     with closed_on_error(fig):
         for ax in axs.flat: ax.axis('off')
-        for i,((img,maps),group) in enumerate(zip(views, axs.reshape(-1, k+1))):
-            show_image(img, ctx=group[0], cmap='gray')
-            if self.targs is not None: wrap_title(group[0], [self.truth(i)])
-            self.draw(i, img, group[1:], truth=False, maps=maps, **kwargs)
+        for i,((img,maps),(first,*rest)) in enumerate(zip(views, axs.reshape(-1, k+1))):
+            show_image(img, ctx=first, cmap='gray')
+            if self.targs is not None: wrap_title(first, [self.truth(i)])
+            self.draw(i, img, rest, truth=False, maps=maps, **kwargs)
     return axs
 
 # %% ../../nbs/23_data.heatmaps.ipynb #e8d712cc
 @patch
 def _repr_png_(self:Heatmaps):
-    if not len(self) or self.dl is None: return # without images, text must do
-    axs = self[:8].plot()
-    fig,buf = axs.flat[0].figure,io.BytesIO()
+    if not len(self) or self.dl is None: return
+    fig,buf = self[:8].plot().flat[0].figure,io.BytesIO()
     fig.savefig(buf, format='png', bbox_inches='tight')
     plt.close(fig)
     return buf.getvalue()

@@ -10,32 +10,45 @@ from fastai.vision.all import *
 from ..core.no_trace import keep_random
 from .images import Images
 
+# %% ../../nbs/21_data.photo.ipynb #ph000002
+def _lattice(n=33): # (n, n, 2): the x and y of points spread evenly over a photo, from edge to edge
+    return torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, n)]*2, indexing='xy'), -1)
+
+# %% ../../nbs/21_data.photo.ipynb #ph000004
+def _gpu_crop(f, x, points, split_idx): # the batch `x` and its `points`, cropped by `RandomResizedCropGPU`
+    h,w = x.shape[-2:]
+    x, = f((x,), split_idx=split_idx)
+    (ch,cw),(top,left) = f.cp_size,f.tl
+    scale = points.new_tensor([w/cw, h/ch])
+    shift = points.new_tensor([2*left/cw, 2*top/ch])
+    return x,TensorPoint((points+1)*scale - shift - 1)
+
 # %% ../../nbs/21_data.photo.ipynb #1bf2bebb
 def original(
     dl:DataLoader, # With the transforms that the photo went through
     i:int # The photo's place in `dl.dataset`
 ) -> tuple: # The photo as it was opened, a PIL image; (1, 2, 33, 33): the x and y, in the model's input, of a lattice of points over it
-    "Photo `i`, and where the transforms of `dl` took its points. Raises ValueError where `dl` has no photos, or no fastai transforms"
+    "Open photo `i`, and find where the transforms of `dl` took its points"
     o = dl.dataset[i]
     im = o[0] if isinstance(o, tuple) else o
-    if not hasattr(dl, 'after_item') or not isinstance(im, Image.Image): raise ValueError(f"on='original' follows photos through fastai's transforms, and this {type(dl).__name__} has a {type(im).__name__}: leave `on` out")
-    xy = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 33)]*2, indexing='xy'), -1)
-    idx,points = getattr(dl.dataset, 'split_idx', None),TensorPoint(xy.view(-1, 2), sz=im.size)
+    if not hasattr(dl, 'after_item') or not isinstance(im, Image.Image):
+        raise ValueError("on='original' follows photos through fastai's transforms, "
+                         f"and this {type(dl).__name__} has a {type(im).__name__}: leave `on` out")
+    split_idx = getattr(dl.dataset, 'split_idx', None)
+    item_tfms = Pipeline([f for f in dl.after_item.fs if not isinstance(f, PointScaler)], split_idx)
+    points = TensorPoint(_lattice().view(-1, 2), sz=im.size)
     with keep_random():
-        b = dl.do_batch([Pipeline([f for f in dl.after_item.fs if not isinstance(f, PointScaler)], idx)((im, points))]) # the points are scaled already
-        x,points = to_device(b, dl.device)
+        x,points = to_device(dl.do_batch([item_tfms((im, points))]), dl.device)
         for f in dl.after_batch.fs:
-            if not isinstance(f, RandomResizedCropGPU): x,points = f((x, points), split_idx=idx)
-            else: # which would cut points as if they were pictures
-                (h,w),(x,) = x.shape[-2:],f((x,), split_idx=idx)
-                (ch,cw),(t,l) = f.cp_size,f.tl
-                points = TensorPoint((points+1)*points.new_tensor([w/cw,h/ch]) - points.new_tensor([2*l/cw,2*t/ch]) - 1)
-    return im, to_cpu(points).as_subclass(Tensor).float().view(1, 33, 33, 2).permute(0, 3, 1, 2)
+            if isinstance(f, RandomResizedCropGPU): x,points = _gpu_crop(f, x, points, split_idx)
+            else: x,points = f((x, points), split_idx=split_idx)
+    grid = to_cpu(points).as_subclass(Tensor).float().view(1, 33, 33, 2)
+    return im,grid.permute(0, 3, 1, 2)
 
 # %% ../../nbs/21_data.photo.ipynb #ph000001
 @patch
 def photo(self:Images, i):
-    "Photo `i` as it was opened, and where its points are in what the model saw: see `original`"
+    "Open photo `i`, and find where its points are in what the model saw, as `original`"
     return original(self.dl, self.idxs[i])
 
 # %% ../../nbs/21_data.photo.ipynb #6545c79a
@@ -45,15 +58,17 @@ def on_photo(
     size:tuple, # Height and width of the photo, in pixels
     mode:str='bilinear' # How values between the cells' centres are found: as in `F.grid_sample`
 ) -> Tensor: # (k, H, W), NaN where the model did not see the photo
-    "`maps`, back on the photo"
-    (H,W),res = size,[]
-    for top in range(0, H, 256): # in strips, since a photo can be large
+    "Carry `maps` back to the photo"
+    H,W = size
+    strips = []
+    for top in range(0, H, 256):
         n = min(256, H-top)
-        at = F.affine_grid(tensor([[[1.,0,0],[0,n/H,(2*top+n)/H-1]]]), (1,1,n,W), align_corners=False) # the centres of the strip's pixels
+        strip = tensor([[[1.,0,0],[0,n/H,(2*top+n)/H-1]]])
+        at = F.affine_grid(strip, (1,1,n,W), align_corners=False) # the centres of its pixels
         to = F.grid_sample(grid, at, align_corners=True).movedim(1, -1)
         m = F.grid_sample(maps[None].float(), to, mode, 'border', align_corners=False)[0]
-        res.append(m.masked_fill((to.abs()>1).any(-1), torch.nan))
-    return torch.cat(res, 1)
+        strips.append(m.masked_fill((to.abs()>1).any(-1), torch.nan))
+    return torch.cat(strips, 1)
 
 # %% ../../nbs/21_data.photo.ipynb #9f38ebe0
 def check_alike(
@@ -61,10 +76,12 @@ def check_alike(
     seen:Tensor, # What the model saw of it (channels, h, w)
     grid:Tensor # As from `original`
 ):
-    "Raises ValueError where the two are not alike, so that a transform must have moved the picture and not the points"
+    "Check that the points of the photo moved as the picture did"
     a = F.interpolate(photo.mean(0)[None,None], (24,24), mode='area')[0]
     b = F.avg_pool2d(on_photo(seen.mean(0, keepdim=True), grid, (240,240)), 10)
     there = b.isfinite()
     a,b = a[there],b[there]
-    if len(a)<2 or min(a.std(), b.std())<.01*max(photo.std(), seen.std()): return # nothing to compare
-    if np.corrcoef(a, b)[0,1]<.7: raise ValueError("on='original' cannot find the photo in what the model saw: one of the transforms moves pictures but no points; give it an `encodes` for TensorPoint, or leave `on` out")
+    nothing_to_compare = len(a)<2 or min(a.std(), b.std())<.01*max(photo.std(), seen.std())
+    if nothing_to_compare or np.corrcoef(a, b)[0,1]>=.7: return
+    raise ValueError("on='original' cannot find the photo in what the model saw: one of the transforms moves pictures but no points; "
+                     "give it an `encodes` for TensorPoint, or leave `on` out")

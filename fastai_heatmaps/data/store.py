@@ -7,82 +7,122 @@ __all__ = ['plain', 'digest', 'write_part', 'read_part', 'samples', 'run_info', 
 
 # %% ../../nbs/25_data.store.ipynb #d7ad2a09
 from fastai.vision.all import *
-from .images import Images, items_of
+from .images import Images
 from .heatmaps import Heatmaps
 from .files import whole_file
 from .. import __version__
 from zipfile import BadZipFile
 import hashlib
 
+# %% ../../nbs/25_data.store.ipynb #st000001
+def _hash(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+def _as_array(o): # `o` as a NumPy array, if it is one, or a tensor, an image or bytes
+    if isinstance(o, bytes): return np.frombuffer(o, dtype=np.uint8)
+    if isinstance(o, Image.Image): return np.array(o)
+    if isinstance(o, np.ndarray) and o.dtype!=object: return o
+    if not isinstance(o, Tensor): return
+    if not o.numel() or not o.ndim: return np.array(o.tolist())
+    return to_cpu(o.detach()).contiguous().view(torch.uint8).numpy() # bytes, since NumPy does not know every type
+
+# %% ../../nbs/25_data.store.ipynb #st000003
+def _code(c): # what a compiled function does
+    def const(k):
+        if hasattr(k, 'co_code'): return _code(k)
+        return sorted(map(repr, k)) if isinstance(k, frozenset) else repr(k)
+    return [c.co_code.hex(), c.co_names, [const(k) for k in c.co_consts]]
+
+def _closed_over(f): # the values that a function closes over; of objects only the type
+    values = [c.cell_contents for c in f.__closure__ or ()]
+    told = str,int,float,tuple,Tensor,np.ndarray
+    return [plain(v) if isinstance(v, told) else type(v).__name__ for v in values]
+
+def _object(o): # what can be said of an object: its name or that of its class, and what it does if it is a function
+    name = f'{getattr(o, "__module__", "")}.{getattr(o, "__qualname__", type(o).__qualname__)}'
+    return [name, digest(_code(o.__code__)), plain(o.__defaults__), _closed_over(o)] if hasattr(o, '__code__') else name
+
 # %% ../../nbs/25_data.store.ipynb #f53f815c
 def plain(
     o # Anything
 ): # Of numbers, text, lists and dicts
-    "What stands for `o` in the manifest: equal for equal things, as far as can be told"
+    "Describe `o` for the manifest: equal things alike, and different ones differently as far as possible"
     if o is None or isinstance(o, (str, int, float, bool)): return o
     if isinstance(o, Path): return str(o)
-    if isinstance(o, bytes): o = np.frombuffer(o, dtype=np.uint8)
     if isinstance(o, np.generic): return o.item()
     if isinstance(o, dict): return {str(k):plain(v) for k,v in o.items()}
     if isinstance(o, partial): return [plain(o.func), plain(o.args), plain(o.keywords)]
-    if isinstance(o, Image.Image): o = np.array(o)
-    if isinstance(o, Tensor): o = to_cpu(o.detach()).contiguous().view(torch.uint8).numpy() if o.numel() and o.ndim else np.array(o.tolist())
-    if isinstance(o, np.ndarray) and o.dtype!=object: return f'{o.dtype} {o.shape} {hashlib.blake2b(np.ascontiguousarray(o), digest_size=16).hexdigest()}'
     if isinstance(o, nn.Module): return plain(o.state_dict())
     if isinstance(o, pd.Series): return plain(o.tolist())
-    if is_iter(o): return [plain(v) for v in o]
-    name = f'{getattr(o, "__module__", "")}.{getattr(o, "__qualname__", type(o).__qualname__)}'
-    if not hasattr(o, '__code__'): return name
-    def code(c): return [c.co_code.hex(), c.co_names, [code(k) if hasattr(k, 'co_code') else sorted(map(repr, k)) if isinstance(k, frozenset) else repr(k) for k in c.co_consts]] # the order in a set is by chance
-    return [name, digest(code(o.__code__)), plain(o.__defaults__), [plain(v) if isinstance(v, (str, int, float, tuple, Tensor, np.ndarray)) else type(v).__name__ for v in [c.cell_contents for c in o.__closure__ or ()]]] # a function that was edited is another one
+    a = _as_array(o)
+    if a is not None: return f'{a.dtype} {a.shape} {_hash(np.ascontiguousarray(a))}'
+    return [plain(v) for v in o] if is_iter(o) else _object(o)
 
 # %% ../../nbs/25_data.store.ipynb #aec83240
 def digest(
     o # Anything
 ) -> str:
-    "A short text, equal for equal things, as far as `plain` can tell"
-    return hashlib.blake2b(json.dumps(plain(o)).encode(), digest_size=16).hexdigest()
+    "Make a short text from `o`, equal for equal things, as far as `plain` can tell"
+    return _hash(json.dumps(plain(o)).encode())
 
 # %% ../../nbs/25_data.store.ipynb #cd414f0c
 def _file(folder, start): return folder/f'part-{start:08}.npz'
 
 # %% ../../nbs/25_data.store.ipynb #c96d8b76
 def write_part(
-    folder:Path,
+    folder:Path, # Of the store
     start:int, # The place of its first image in the whole
     hm:Heatmaps # Of the images of this part
 ):
-    "Writes `hm` as a part of the heatmaps in `folder`"
-    arrays = dict(cls=hm.cls, preds=hm.preds, task=hm.task, method=hm.method, layer=hm.layer, **{f'info_{k}':v for k,v in hm.info.items()})
+    "Write `hm` as a part of the heatmaps in `folder`"
+    arrays = dict(cls=hm.cls, preds=hm.preds, task=hm.task, method=hm.method, layer=hm.layer)
+    arrays.update({f'info_{k}':v for k,v in hm.info.items()})
     if hm.targs is not None: arrays['targs'] = hm.targs
     if isinstance(hm.maps, Tensor): arrays['maps'] = hm.maps
-    else: arrays.update(maps=torch.cat([m.flatten() for m in hm.maps]), sizes=tensor([m.shape[1:] for m in hm.maps]))
+    else:
+        arrays['maps'] = torch.cat([m.flatten() for m in hm.maps])
+        arrays['sizes'] = tensor([m.shape[1:] for m in hm.maps])
     with whole_file(_file(folder, start)) as tmp, open(tmp, 'wb') as f:
         np.savez(f, **{k:np.asarray(v) for k,v in arrays.items()})
         f.flush()
-        os.fsync(f.fileno()) # on the disk before it has its name
+        os.fsync(f.fileno())
+
+# %% ../../nbs/25_data.store.ipynb #st000006
+def _split_maps(flat, sizes, k): # maps (k, h, w) of several `sizes`, which were stored one after the other
+    lengths = (k*sizes.prod(1)).tolist()
+    return [m.view(k, *s) for m,s in zip(flat.split(lengths), sizes.tolist())]
 
 # %% ../../nbs/25_data.store.ipynb #0785092e
 def read_part(
-    folder:Path,
+    folder:Path, # Of the store
     start:int, # The place of its first image in the whole
     n:int # How many images it should have
-) -> dict: # Its arrays as tensors; 'maps' as a list where they differ in size
-    "Reads a part. Raises ValueError where it is damaged"
+) -> dict: # Its arrays as tensors, and text; 'maps' as a list where they differ in size
+    "Read a part; a damaged one raises a ValueError"
+    file = _file(folder, start)
     try:
-        with np.load(_file(folder, start), allow_pickle=False) as z: d = {k:str(v) if k in ('task', 'method', 'layer') else torch.from_numpy(v) for k,v in z.items()}
-        if 'sizes' in d: d['maps'] = [m.view(d['cls'].shape[1], *s) for m,s in zip(d['maps'].split((d['cls'].shape[1]*d['sizes'].prod(1)).tolist()), d['sizes'].tolist())]
+        with np.load(file, allow_pickle=False) as z: d = dict(z.items())
+        d = {k:str(v) if k in ('task', 'method', 'layer') else torch.from_numpy(v) for k,v in d.items()}
+        if 'sizes' in d: d['maps'] = _split_maps(d['maps'], d['sizes'], d['cls'].shape[1])
         if {len(d[k]) for k in ('maps', 'cls', 'preds')}!={n}: raise ValueError('it has another number of images')
         return d
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as e:
-        raise ValueError(f"{_file(folder, start)} is damaged ({' '.join(str(e).split()) or type(e).__name__}): run get_heatmaps with the same arguments again, which makes it anew") from None
+        reason = ' '.join(str(e).split()) or type(e).__name__
+        raise ValueError(f"{file} is damaged ({reason}): run get_heatmaps with the same arguments again, which makes it anew") from None
 
 # %% ../../nbs/25_data.store.ipynb #99e2ddea
-def _parts(about): return [(a, min(a+about['part'], about['n'])) for a in range(0, about['n'], about['part'])]
+def _parts(run): # `(start, stop)` of the parts of a run
+    n,part = run['n'],run['part']
+    return [(a, min(a+part, n)) for a in range(0, n, part)]
 
-def _manifest(folder):
-    try: return json.loads((folder/'manifest.json').read_text('utf-8'))
-    except (OSError, ValueError) as e: raise ValueError(f"{folder} holds no heatmaps written by get_heatmaps(out=...): its manifest.json cannot be read ({type(e).__name__})") from None
+def _read_run(folder): # what the manifest says of the run
+    try: return json.loads((folder/'manifest.json').read_text('utf-8'))['run']
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder} holds no heatmaps written by get_heatmaps(out=...): "
+                         f"its manifest.json cannot be read ({type(e).__name__})") from None
+
+def _write_run(folder, run):
+    versions = dict(fastai_heatmaps=__version__, torch=torch.__version__)
+    with whole_file(folder/'manifest.json') as tmp: tmp.write_text(json.dumps(dict(run=run, versions=versions), indent=1), encoding='utf-8')
 
 # %% ../../nbs/25_data.store.ipynb #d1a4480d
 def samples(
@@ -98,58 +138,73 @@ def run_info(
     images:Images,
     args:dict, # Of `get_heatmaps`
     vocab, # The names of the classes, where they are known
-    thresh:float # Above which probability one of several classes is predicted
+    thresh:float # Probability above which a class of a multi-label task is predicted
 ) -> dict: # Of numbers, text, lists and dicts
-    "Collect what tells one run from another, and what is needed to read it; raises ValueError where the DataLoader cannot be asked for a part of its images"
-    dl = images.dl
-    if not getattr(dl, 'bs', None): raise ValueError("out= needs a fastai DataLoader, which can be asked for the images that are left: pass learn.dls.test_dl(files)")
-    transforms = [re.sub(r' at 0x[0-9a-f]+', '', str(o)) for o in (dl.after_item, dl.after_batch)]
-    return plain(dict(n=len(images), part=dl.bs*max(1, 256//dl.bs), **args, transforms=transforms, model=digest(model), items=digest(images.items),
-                      samples=samples(images), vocab=vocab, thresh=thresh, places=images.idxs, names=images.names))
+    "Collect what tells one run from another, and what is needed to read it"
+    dl,bs = images.dl,images.bs
+    if not bs:
+        raise ValueError("out= needs a fastai DataLoader, which can be asked for the images that are left: pass learn.dls.test_dl(files)")
+    res = dict(n=len(images), part=bs*max(1, 256//bs), method=args['method'])
+    res.update(args)
+    res.update(transforms=[re.sub(r' at 0x[0-9a-f]+', '', str(o)) for o in (dl.after_item, dl.after_batch)],
+               model=digest(model), items=digest(images.items), samples=samples(images), vocab=vocab, thresh=thresh,
+               places=images.idxs, names=images.names)
+    return plain(res)
+
+# %% ../../nbs/25_data.store.ipynb #st000009
+def _is_foreign(folder): # does `folder` hold other things than heatmaps?
+    if not folder.is_dir() or (folder/'manifest.json').exists(): return False
+    return any(o.suffix!='.tmp' for o in folder.iterdir())
+
+def _check_same(folder, run):
+    old = _read_run(folder)
+    for k,v in run.items():
+        if old.get(k)!=v:
+            raise ValueError(f"{folder} holds heatmaps of another run: {k} was {str(old.get(k))[:80]} and is {str(v)[:80]}; "
+                             "choose another folder")
+
+def _is_whole(folder, start, stop):
+    if not _file(folder, start).exists(): return False
+    try: read_part(folder, start, stop-start)
+    except ValueError as e:
+        warn(f'{str(e).split(": run")[0]}; it is made anew')
+        return False
+    return True
 
 # %% ../../nbs/25_data.store.ipynb #350f2fd5
 def open_store(
-    folder:Path, # It is made if it is not there
+    folder:Path, # It is made if it does not exist
     about:dict # What tells one run from another, of numbers and text; 'n' images in parts of 'part'
 ) -> list: # `(start, stop)` of each part that is still to be made
-    "Opens a folder for a run, or goes on with it. Raises ValueError where it holds another run, and FileExistsError where it holds other things"
-    folder,about = Path(folder),json.loads(json.dumps(about))
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder/'manifest.json').exists() and any(o.suffix!='.tmp' for o in folder.iterdir()): raise FileExistsError(f"{folder} holds other things than heatmaps: choose another folder")
+    "Open a folder for a run, or go on with it"
+    folder,run = Path(folder),json.loads(json.dumps(about)) # as it is read again
+    if _is_foreign(folder): raise FileExistsError(f"{folder} holds other things than heatmaps: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for o in folder.glob('.*.tmp'): o.unlink() # of a run that was killed
-    if (folder/'manifest.json').exists():
-        old = _manifest(folder)['run']
-        wrong = [k for k in about if old.get(k)!=about[k]]
-        if wrong: raise ValueError(f"{folder} holds heatmaps of another run: {wrong[0]} was {str(old.get(wrong[0]))[:80]} and is {str(about[wrong[0]])[:80]}; choose another folder")
-    else:
-        with whole_file(folder/'manifest.json') as tmp: tmp.write_text(json.dumps(dict(run=about, versions=dict(fastai_heatmaps=__version__, torch=torch.__version__)), indent=1), encoding='utf-8')
-    todo = []
-    for a,b in _parts(about):
-        if _file(folder, a).exists():
-            try: read_part(folder, a, b-a)
-            except ValueError as e: warn(f'{str(e).split(": run")[0]}; it is made anew')
-            else: continue
-        todo.append((a, b))
-    return todo
+    if (folder/'manifest.json').exists(): _check_same(folder, run)
+    else: _write_run(folder, run)
+    return [(a, b) for a,b in _parts(run) if not _is_whole(folder, a, b)]
+
+# %% ../../nbs/25_data.store.ipynb #st000010
+def _as_heatmaps(part, run): # `part` as from `read_part`
+    info = {k.removeprefix('info_'):v for k,v in part.items() if k.startswith('info_')}
+    same = {k:part[k] for k in ('maps', 'cls', 'preds', 'task', 'method', 'layer')}
+    return Heatmaps(**same, targs=part.get('targs'), vocab=run['vocab'], thresh=run['thresh'], info=info)
 
 # %% ../../nbs/25_data.store.ipynb #36c57661
 def load_heatmaps(
     folder, # As given to `get_heatmaps` as `out`
     dl:DataLoader=None # The DataLoader that the images came from, to show them: `learn.dls.valid`, or `learn.dls.test_dl(files)`
 ) -> Heatmaps:
-    "Load the heatmaps in `folder`; raises ValueError where parts are missing or damaged, or `dl` has other images"
+    "Load the heatmaps in `folder`"
     folder = Path(folder)
-    run = _manifest(folder)['run']
+    run = _read_run(folder)
     parts,places = _parts(run),run['places']
     there = [(a, b) for a,b in parts if _file(folder, a).exists()]
     if there!=parts:
-        raise ValueError(f"{folder} holds {sum(b-a for a,b in there)} of {run['n']} images: run get_heatmaps with the same arguments again, which goes on where it stopped")
+        raise ValueError(f"{folder} holds {sum(b-a for a,b in there)} of {run['n']} images: "
+                         "run get_heatmaps with the same arguments again, which goes on where it stopped")
     images = Images(dl, places, names=run['names'] if dl is None else None)
     if dl is not None and (len(dl.dataset)<=max(places) or digest(images.items)!=run['items'] or samples(images)!=run['samples']):
         raise ValueError(f"dl has other images than {folder}, or other transforms: pass the DataLoader that the heatmaps were made of")
-    def part(d):
-        info = {k[5:]:v for k,v in d.items() if k.startswith('info_')}
-        return Heatmaps(d['maps'], d['cls'], d['preds'], targs=d.get('targs'), vocab=run['vocab'], task=d['task'], thresh=run['thresh'],
-                        info=info, method=d['method'], layer=d['layer'])
-    return Heatmaps.join([part(read_part(folder, a, b-a)) for a,b in parts], images)
+    return Heatmaps.join([_as_heatmaps(read_part(folder, a, b-a), run) for a,b in parts], images)
