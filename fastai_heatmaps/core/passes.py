@@ -114,6 +114,7 @@ class Pass:
         keep:bool=False # Keep the graph, to be asked again?
     ):
         store_attr()
+        if bs is not None and bs<1: raise ValueError(f"bs is {bs}; expected at least 1")
         for h in hooks: check_hook(h, model, *xb)
         self.x,self.grads = xb[0].detach().as_subclass(Tensor),{} # (a hook, the classes) -> gradients
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
@@ -157,13 +158,12 @@ class Pass:
         with quiet(self.model), clear_errors(), self.autocast(): yield
 
 # %% ../../nbs/06_core.passes.ipynb #ps000009
-def _check_batch(xb, bs): # what `model_heatmaps` was given
+def _check_batch(xb): # what `model_heatmaps` was given
     x = xb[0]
     if not isinstance(x, Tensor) or x.ndim in (0, 1, 3):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"expected a batch of images as the model takes them, a tensor (n, C, H, W), not {got}")
     if not len(x): raise ValueError("the batch is empty: pass at least one image")
-    if bs is not None and bs<1: raise ValueError(f"bs is {bs}; expected at least 1")
 
 # %% ../../nbs/06_core.passes.ipynb #3a2c523b
 def model_heatmaps(
@@ -179,7 +179,7 @@ def model_heatmaps(
 ) -> tuple: # Maps (n, k, h, w), float32 on the CPU, not normalised; the model's scores (n, c)
     "Explain what a plain model says about a batch, in one forward pass, or in what the table of methods says"
     xb,f,model = tuplify(xb),get_method(method, **options),unwrap(model)
-    _check_batch(xb, bs)
+    _check_batch(xb)
     with quiet(model), clear_errors():
         with f.watch(model, *xb, layer=layer) as hooks: pred = model(*xb)
         ran = Pass(model, xb, pred, hooks, score=score, bs=bs, bar=True)

@@ -154,15 +154,6 @@ def title(self:Heatmaps,
         if truth: lines.append(f'truth: {task.truth_of(t, c, self.name)}')
     return lines + self.notes(i, j),color
 
-# %% ../../nbs/23_data.heatmaps.ipynb #6e59b497
-@patch
-def notes(self:Heatmaps, i, j=0):
-    "List what a title says beside the class of map `j` of image `i`: that there is nothing to see, what the method reports"
-    m = self.maps[i][j]
-    lines = [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()]
-    if not m.isfinite().all(): return ['(no map: its values are not finite)', *lines]
-    return lines if m.any() else ['(no evidence: the map is flat)', *lines]
-
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000004
 @patch
 def view(self:Heatmaps,

@@ -11,7 +11,7 @@ from ..core.no_trace import keep_random
 from ..core.tasks import tasks
 from ..core.method import get_method
 from ..data.images import to_images, as_items
-from ..data.draw import color_scale, wrap_title, show_overlay, closed_on_error
+from ..data.draw import color_scale, show_overlay, wrap_title, new_panels, closed_on_error
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, output_names, layer_watch, run_passes
 import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
@@ -23,18 +23,17 @@ import gc,textwrap
 def _grid(rows, cols, img, figsize): # a figure of panels for pictures like `img`
     h,w = img.shape[-2:]
     width = min(2.6*w/h, 11/cols)
-    figsize = figsize or (cols*width+.4, rows*(width*h/w+.5))
-    return plt.subplots(rows, cols, figsize=figsize, layout='compressed', squeeze=False)
+    return new_panels(rows, cols, width+.4/cols, width*h/w+.5, figsize) # the names take .4 inches
 
 # %% ../../nbs/41_views.compare.ipynb #cm000007
 def _name_row(ax, name): # beside its first Axes
     high = int(ax.get_position().height * ax.figure.get_figheight() * 12) # characters of this size, about
     text = '\n'.join(textwrap.fill(l, max(high, 12)) for l in str(name).split('\n'))
-    ax.annotate(text, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center', multialignment='center',
-                fontsize=10, parse_math=False)
+    ax.annotate(text, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center',
+                multialignment='center', fontsize=10, parse_math=False)
 
 # %% ../../nbs/41_views.compare.ipynb #cm000008
-def _shares_pass(f): return f.at_layer and f.during is nullcontext # may others be asked on the same pass as the `Method` `f`?
+def _shares_pass(f): return f.at_layer and f.during is nullcontext # may other methods be asked on the same pass?
 
 def _kept_pass(learn, img, watch, **kwargs): # as `Images`, and the pass
     run,passes = shadow(learn),[]
@@ -46,7 +45,7 @@ def _kept_pass(learn, img, watch, **kwargs): # as `Images`, and the pass
 def _by_methods(learn, img, fs, cls, layer, relu, topk, **kwargs): # the `Heatmaps` of `img` by each of the methods `fs`
     shared = [f for f in fs if _shares_pass(f)]
     if shared:
-        watching = next((f for f in shared if f.by_gradients), shared[0]) # activations alone would be kept without a graph
+        watching = next((f for f in shared if f.by_gradients), shared[0]) # the others' hooks keep no graph
         images,ran = _kept_pass(learn, img, layer_watch(watching, layer), **kwargs)
         idxs = ran.pick(cls, topk)
     def explain(f):
@@ -62,9 +61,11 @@ def _at_layers(learn, img, f, cls, layers, relu, topk, **kwargs): # the `Heatmap
     return [Heatmaps.of(ran.at(h), f, idxs, relu, images) for h in ran.hooks]
 
 # %% ../../nbs/41_views.compare.ipynb #fb7e056d
-def _method_name(o): return o if isinstance(o, str) else getattr(getattr(o, 'func', o), '__name__', str(o)) # of a partial, its function's
+def _method_name(o):
+    if isinstance(o, str): return o
+    return getattr(getattr(o, 'func', o), '__name__', str(o)) # of a partial, that of its function
 
-def _layer_row(hm): return f'{hm.layer}\n{hm.maps.shape[2]}×{hm.maps.shape[3]}' # what stands beside it
+def _layer_name(hm): return f'{hm.layer}\n{hm.maps.shape[2]}×{hm.maps.shape[3]}'
 
 # %% ../../nbs/41_views.compare.ipynb #cm000012
 def _draw_rows(hms, names, figsize, **looks): # of one image; returns the Axes
@@ -106,15 +107,17 @@ def compare_heatmaps(self:Learner,
     ask = dict(relu=relu, topk=topk, bs=bs, score=score)
     if by_layer: hms = _at_layers(self, img, get_method(ifnone(method, 'gradcam'), **options), cls, rows, **ask)
     else: hms = _by_methods(self, img, [get_method(m, **options) for m in rows], cls, layer, **ask)
-    names = [_layer_row(hm) for hm in hms] if by_layer else [_method_name(m) for m in rows]
+    names = [_layer_name(hm) for hm in hms] if by_layer else [_method_name(m) for m in rows]
     return _draw_rows(hms, names, figsize, alpha=alpha, cmap=cmap, interpolation=interpolation, same_scale=same_scale)
 
 # %% ../../nbs/41_views.compare.ipynb #cm000014
 def _check_same(before, after): # may these heatmaps be subtracted?
-    if len(before)!=len(after): raise ValueError(f"there are {len(before)} images before and {len(after)} after: pass heatmaps of the same images")
+    if len(before)!=len(after):
+        raise ValueError(f"there are {len(before)} images before and {len(after)} after: pass heatmaps of the same images")
     for i,rows in enumerate(zip(before.cls.tolist(), after.cls.tolist())):
         a,b = [[hm.name(c) for c in row] for hm,row in zip((before, after), rows)]
-        if a!=b: raise ValueError(f"image {i} is explained for {', '.join(a)!r} before and {', '.join(b)!r} after: name the classes, with cls=")
+        if a!=b:
+            raise ValueError(f"image {i} is explained for {', '.join(a)!r} before and {', '.join(b)!r} after: name the classes, with cls=")
 
 # %% ../../nbs/41_views.compare.ipynb #cm000015
 def _subtract(a, b): # `b - a`, maps (k, h, w), at the larger of both sizes
@@ -128,8 +131,8 @@ def _subtract(a, b): # `b - a`, maps (k, h, w), at the larger of both sizes
 def heatmap_difference(
     before:Heatmaps,
     after:Heatmaps # Of the same images and classes
-) -> Heatmaps: # `after - before`, at the larger of both sizes, in -1 to 1, or without ReLU in -2 to 2; with the predictions of `after`, and the probabilities `before` in the titles
-    "Find where two models' heatmaps differ, after dividing each map by its own largest absolute value"
+) -> Heatmaps: # `after - before`, with the predictions of `after`, and the probabilities `before` in the titles
+    "Subtract two models' heatmaps, each map divided by its own largest absolute value"
     _check_same(before, after)
     maps = [_subtract(a, b) for a,b in zip(before.maps, after.maps)]
     if len({m.shape for m in maps})==1: maps = torch.stack(maps)
@@ -146,7 +149,7 @@ def _load(name, o): # the Learner `o`, or the one that the function `o` returns
     raise ValueError(f"{name!r} is a {got}; expected a Learner, or a function without arguments that returns one")
 
 # %% ../../nbs/41_views.compare.ipynb #cm000017
-def _explained(name, o, items, *args, **kwargs): # `Heatmaps` that know no DataLoader, which might know the model; and the images
+def _explained(name, o, items, *args, **kwargs): # its `Heatmaps` without the DataLoader, which might know the model; the images
     learn = _load(name, o)
     try: hm = learn.get_heatmaps(items, *args, **kwargs)
     except ValueError as e: raise ValueError(f'{name!r}: {e}') from e
@@ -158,7 +161,7 @@ def _explain_each(learners, items, *args, **kwargs): # the same of all models, o
     res = []
     for name,o in progress_bar(list(learners.items()), leave=False) if lazy and len(learners)>1 else learners.items():
         res.append(_explained(name, o, items, *args, **kwargs))
-        if not isinstance(o, Learner): gc.collect() # a Learner and its callbacks know each other, so they do not go by themselves
+        if not isinstance(o, Learner): gc.collect() # a Learner and its callbacks know each other, so they wait to be collected
     return zip(*res)
 
 # %% ../../nbs/41_views.compare.ipynb #b11614b5
@@ -166,7 +169,8 @@ def _title(hm, i, j, truth): # lines and a colour
     lines,color = hm.title(i, j, truth)
     task,p = tasks[hm.task],hm.preds[i]
     pred = task.predicted(p) if hm.targs is None else None
-    if pred is not None and pred not in hm.cls[i].tolist(): lines.insert(1, f'predicted: {task.says(hm.name(pred), p, pred)}')
+    shown = hm.cls[i].tolist()
+    if pred is not None and pred not in shown: lines.insert(1, f'predicted: {task.says(hm.name(pred), p, pred)}')
     return lines,color
 
 # %% ../../nbs/41_views.compare.ipynb #cm000021
@@ -185,7 +189,8 @@ def _draw_difference(hms, imgs, axs, alpha, interpolation): # of two models, on 
         for j,ax in enumerate(row):
             show_overlay(imgs[i], diff.maps[i][j], ax, alpha, interpolation=interpolation, **scale)
             a,b = before.cls[i,j],after.cls[i,j]
-            wrap_title(ax, [f'{after.name(b)} {before.preds[i,a]:.2f} → {after.preds[i,b]:.2f}'])
+            change = f'{before.preds[i,a]:.2f}\xa0→\xa0{after.preds[i,b]:.2f}' # in one line
+            wrap_title(ax, [f'{after.name(b)} {change}'])
 
 # %% ../../nbs/41_views.compare.ipynb #cm000023
 def _check_learners(learners, difference):
@@ -204,15 +209,15 @@ def compare_learners(
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`; None = the body of each, or its last layer with a map
     relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
-    difference:bool=False, # Of two models of the same classes: a third row, second minus first, by `heatmap_difference`, on one scale: red is more in the second, blue more in the first
+    difference:bool=False, # Add a third row to two models of the same classes, second minus first: red is more in the second, blue in the first
     alpha=0.6, # Opacity of the map: 0 to 1
     cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values; not of the difference
     interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
     same_scale=False, # One colour scale for the maps of a row?
     figsize=None, # In inches
-    **kwargs
+    **kwargs # For `get_heatmaps` and the method
 ): # An array of Axes, rows × columns
-    "Show what several models see in the same images: a row each, an image a column, titled with that model's own prediction, and with the truth in the first row; further arguments are those of `get_heatmaps` and the method"
+    "Show what several models see in the same images: a row each, titled with that model's own prediction"
     _check_learners(learners, difference)
     items = as_items(items)
     hms,imgs = _explain_each(learners, items, cls, method, layer, relu, **kwargs)

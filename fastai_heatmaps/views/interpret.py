@@ -31,11 +31,11 @@ def _top(interp, k, largest): # the places of the top losses, picked as fastai's
     try: idxs = interp.top_losses(None, largest)[1][k] if many else interp.top_losses(k, largest)[1]
     except (RuntimeError, IndexError, TypeError, ValueError): idxs = []
     n = len(interp.losses)
-    if not len(idxs): raise ValueError(f"k is {k!r}; expected 1 to {n}, the number of losses, or a list of places from 0 to {n-1}")
-    return idxs.tolist()
+    if len(idxs): return idxs.tolist()
+    raise ValueError(f"k is {k!r}; expected 1 to {n}, the number of losses, or a list of places from 0 to {n-1}")
 
 # %% ../../nbs/40_views.interpret.ipynb #in000003
-def _one_class(parts, n): # a class for each of `n` images, (n,), from the decoded predictions or the targets of each batch
+def _one_class(parts, n): # a class for each of `n` images, (n,); `parts` are what each batch gave
     res = torch.cat([o.as_subclass(Tensor) for o in parts]) if all(isinstance(o, Tensor) for o in parts) else None
     if res is None or res.numel()!=n or res.is_floating_point():
         raise ValueError("this needs one predicted and one true class for each image, and this Learner's data have no such: "
@@ -61,27 +61,29 @@ def _answers(interp, dl): # what is predicted and what is true: two tensors of i
 def top_losses_heatmaps(self:Interpretation,
     k=9, # How many losses, or a list or range of places among them: 0 is the largest
     largest:bool=True, # The largest losses, or the smallest?
-    cls='pred', # 'pred' = the predicted class, in a multi-label task the most likely one; 'targ' = the true one; 'both'; or a class or several, as in `get_heatmaps`
-    **kwargs
+    cls='pred', # 'pred' = the predicted class, or the most likely of several; 'targ' = the true one; 'both'; or as in `get_heatmaps`
+    **kwargs # For `get_heatmaps` and the method
 ) -> Heatmaps: # In the order of the losses; of each image one map, two for 'both': the predicted class and the true one
-    "Explain the images with the top losses; further arguments are those of `get_heatmaps` and the method"
+    "Explain the images with the top losses"
     dl = _item_dl(self, _top(self, k, largest))
     if isinstance(cls, str) and cls=='pred': cls = None
     if isinstance(cls, str) and cls=='both': cls = torch.stack(_answers(self, dl), 1)
     return self.learn.get_heatmaps(cls=cls, dl=dl, **kwargs)
 
 # %% ../../nbs/40_views.interpret.ipynb #in000004
-def _fastai_picture(interp, k, largest, n, **looks): # the figure that fastai draws, and in it the Axes of the photos of `n` images
+def _fastai_picture(interp, k, largest, n, **looks): # the figure that fastai draws, and in it the Axes of the `n` photos
     before = set(plt.get_fignums())
     try: interp._orig_plot_top_losses(k, largest, **looks)
     except Exception as e:
         if 'not implemented' not in str(e): raise
-        raise ValueError(f"fastai draws no top losses of such data ({' '.join(str(e).split())}): use top_losses_heatmaps(k).plot()") from None
+        why = ' '.join(str(e).split())
+        raise ValueError(f"fastai draws no top losses of such data ({why}): use top_losses_heatmaps(k).plot()") from None
     fig = plt.gcf() if set(plt.get_fignums())-before else None
     with closed_on_error(fig):
         axs = [ax for ax in fig.axes if ax.images] if fig else []
         if not axs or len(axs)%n:
-            raise ValueError("fastai draws no picture of each image here, so no heatmap can be laid over it: use top_losses_heatmaps(k).plot()")
+            raise ValueError("fastai draws no picture of each image here, so no heatmap can be laid over it: "
+                             "use top_losses_heatmaps(k).plot()")
     return fig,axs[::len(axs)//n] # of a mask there are three: input, target, prediction
 
 # %% ../../nbs/40_views.interpret.ipynb #3bf5bdf8
@@ -99,7 +101,7 @@ def _panels(ax, k): # `k` panels in the place of `ax`, each with the picture of 
 # %% ../../nbs/40_views.interpret.ipynb #7a359e5d
 @delegates(Interpretation.top_losses_heatmaps, but='k,largest,cls', keep=True)
 def _plot_with_heatmaps(interp, k, largest=True,
-    cls='pred', # 'pred' = the predicted class, in a multi-label task the most likely one; 'targ' = the true one; 'both', side by side; or a class or several, as in `get_heatmaps`
+    cls='pred', # 'pred' = the predicted class, or the most likely of several; 'targ' = the true one; 'both', side by side; or as in `get_heatmaps`
     alpha=0.6, # Opacity of the map: 0 to 1
     cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values
     interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
@@ -107,7 +109,7 @@ def _plot_with_heatmaps(interp, k, largest=True,
     nrows=None, # As in fastai
     ncols=None, # As in fastai; of photos
     figsize=None, # In inches
-    **kwargs
+    **kwargs # For `get_heatmaps` and the method
 ):
     hm = interp.top_losses_heatmaps(k, largest, cls, **kwargs)
     (n,c),scales = hm.cls.shape,hm.scales(cmap, same_scale)
@@ -128,10 +130,10 @@ def _plot_with_heatmaps(interp, k, largest=True,
 def plot_top_losses(self:Interpretation,
     k:int|MutableSequence, # Number of losses to plot, or a list or range of places among them
     largest:bool=True, # Sort losses by largest or smallest
-    heatmap:bool=False, # Lay a heatmap over each image? If not, this is fastai's own method, and further arguments are its own
-    **kwargs
+    heatmap:bool=False, # Lay a heatmap over each image? If not, this is fastai's own method
+    **kwargs # With `heatmap` for `get_heatmaps` and the method, without for fastai
 ):
-    "Show `k` largest(/smallest) preds and losses, with `heatmap` also where the evidence for `cls` lies; further arguments are then those of `get_heatmaps` and the method, too"
+    "Show `k` largest(/smallest) preds and losses, with `heatmap` also where the evidence for `cls` lies"
     return _plot_with_heatmaps(self, k, largest, **kwargs) if heatmap else self._orig_plot_top_losses(k, largest, **kwargs)
 
 # %% ../../nbs/40_views.interpret.ipynb #in000006
@@ -150,7 +152,7 @@ def confusion_heatmaps(self:ClassificationInterpretation,
     actual, # The true class, by name or index
     predicted, # The predicted class, by name or index; may be the true one
     n:int=None, # How many of them at most, those with the largest losses; None = all
-    **kwargs
+    **kwargs # For `get_heatmaps` and the method
 ) -> Heatmaps: # By falling loss; of each image a map of the predicted class and one of the true one
     "Explain the images in one cell of the confusion matrix; `.plot()` shows them, both classes side by side"
     if n is not None and n<1: raise ValueError(f"n is {n}; expected at least 1")
