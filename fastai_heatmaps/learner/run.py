@@ -16,42 +16,49 @@ from contextlib import ExitStack
 from copy import copy
 
 # %% ../../nbs/30_learner.run.ipynb #cd680ad4
-def _own_callback(cb): # a copy of `cb`, whose lists and dicts are its own too
+def _copy_callback(cb): # and its lists and dicts
     res = copy(cb)
     vars(res).update({k:copy(v) for k,v in vars(cb).items() if isinstance(v, (list, dict, set, L))})
-    if isinstance(res, ProgressCallback): res.mbar = None # the bar of a training that goes on is not ours
+    if isinstance(res, ProgressCallback): res.mbar = None # which may belong to a training in progress
     return res
 
 def _takes_part(cb, event_name): # may the callback `cb` act at this event of our run?
-    own = type(cb).__module__.startswith(('fastai.', 'fastai_heatmaps.'))
-    return own or event_name in ('before_batch', 'after_pred', 'after_loss')
+    is_ours = type(cb).__module__.startswith(('fastai.', 'fastai_heatmaps.'))
+    return is_ours or event_name in ('before_batch', 'after_pred', 'after_loss')
+
+# %% ../../nbs/30_learner.run.ipynb #rn000016
+def _plain_dls(dls): # the DataLoaders without the wrapping of fastai's `distrib_ctx`
+    loaders = getattr(dls, 'loaders', [])
+    if not any('world_size' in vars(o) for o in loaders): return dls
+    res = copy(dls)
+    res.loaders = [getattr(o, 'dl', o) for o in loaders]
+    return res
 
 # %% ../../nbs/30_learner.run.ipynb #rn000006
 def shadow(
     learn:Learner
 ) -> Learner: # Ready for `get_preds(inner=True)`
-    "Copy `learn`: model and data are shared, callbacks copied; those that only record, or share work among processes, are left out"
+    "Copy `learn` and its callbacks; the model and the data are shared"
     res = copy(learn)
-    res.cbs,res.model = L(),unwrap(learn.model)
-    if any('world_size' in vars(o) for o in getattr(learn.dls, 'loaders', [])): # in fastai's `distrib_ctx`
-        res.dls = copy(learn.dls)
-        res.dls.loaders = [getattr(o, 'dl', o) for o in learn.dls.loaders]
+    res.model = unwrap(learn.model)
+    res.dls = _plain_dls(learn.dls)
     res.to_detach = lambda b, cpu=True, gather=True: to_detach(b, cpu, gather=False) # does not wait for other processes
+    res.cbs = L()
     for cb in learn.cbs:
-        if not getattr(cb, 'remove_on_fetch', False) and cb.name!='distributed_trainer': res.add_cb(_own_callback(cb))
+        if not getattr(cb, 'remove_on_fetch', False) and cb.name!='distributed_trainer': res.add_cb(_copy_callback(cb))
     def call_one(event_name):
         for cb in res.cbs.sorted('order'):
             if _takes_part(cb, event_name): cb(event_name)
     res._call_one = call_one
-    for cb in res.cbs.sorted('order'): # some are made ready by `before_fit`, which does not come with `inner`
-        if isinstance(cb, (TrainEvalCallback, ChannelsLast, MixedPrecision)): cb('before_fit')
+    for cb in res.cbs.sorted('order'):
+        if isinstance(cb, (TrainEvalCallback, ChannelsLast, MixedPrecision)): cb('before_fit') # gets them ready; `inner` skips it
     return res
 
 # %% ../../nbs/30_learner.run.ipynb #rn000007
 def shows_bars(
     learn:Learner
 ) -> bool:
-    "Does `learn` show progress bars?"
+    "Ask whether `learn` shows progress bars"
     return any(isinstance(o, ProgressCallback) for o in learn.cbs)
 
 # %% ../../nbs/30_learner.run.ipynb #c381ae8e
@@ -60,10 +67,10 @@ def output_names(
 ) -> list: # of text, or None
     "Name the model's outputs: the vocab, or for points 'x of point 0', 'y of point 0', ..., or None"
     dls = learn.dls
-    places = dls,getattr(getattr(dls, 'valid', None), 'after_item', None) # the second knows the codes of masks
-    vocab = next((v for o in places if (v:=getattr(o, 'vocab', None)) is not None), None)
+    vocab = getattr(dls, 'vocab', None)
+    if vocab is None: vocab = nested_attr(dls, 'valid.after_item.vocab')
     if vocab is not None and len(vocab) and not is_listy(vocab[0]) and not isinstance(vocab[0], CategoryMap): return list(vocab)
-    tls = getattr(getattr(dls, 'valid_ds', None), 'tls', None)
+    tls = nested_attr(dls, 'valid_ds.tls')
     if tls and len(tls)>1 and TensorPoint in listify(tls[-1].types):
         return [f'{a} of point {i}' for i in range((get_c(dls) or 0)//2) for a in 'xy'] or None
 
@@ -84,11 +91,11 @@ def blank(
 
 # %% ../../nbs/30_learner.run.ipynb #f5ceb8a6
 class PassCallback(Callback):
-    "Calls `use` with a `Pass` for each batch, and leaves the prediction as it would be without"
+    "Call `use` with a `Pass` of each batch"
     order = 100 # after the callbacks that change the input or the prediction
     def __init__(self,
         watch:callable, # `(model, *xb) ->` a context for the forward pass that gives hooks, as `Method.watch`
-        use:callable, # What to do with each `Pass`
+        use:callable, # Takes each `Pass`
         labels:Tensor=None, # The true classes, where they came with the images; None = the targets of the batch
         **known # For `Pass`
     ):
@@ -109,7 +116,7 @@ class PassCallback(Callback):
         self.learn.pred = to_detach(self.pred, cpu=False, gather=False)
 
     def targs(self, n):
-        "The targets of this batch of `n`, where there is one for each image"
+        "Get the targets of this batch of `n`, if there is one for each image"
         if self.labels is not None: return self.labels[self.done:self.done+n]
         one = len(self.yb)==1 and isinstance(self.yb[0], Tensor) and len(self.yb[0])==n
         return self.yb[0] if one and not is_dense(self.pred) else None
@@ -119,7 +126,7 @@ def layer_watch(
     method, # A `Method`
     layer=None # As for `find_layers`
 ) -> callable: # `(model, *xb) ->` a context for the forward pass
-    "Watch as `method` does, and search for the default layer only once"
+    "Make a function that watches a model as `method` needs it"
     found = layer
     def watch(model, *xb):
         nonlocal found
@@ -132,14 +139,15 @@ def run_passes(
     learn:Learner, # As from `shadow`
     images:Images, # What goes in
     watch:callable, # As from `layer_watch`
-    use:callable, # What to do with the `Pass` of each batch
+    use:callable, # Takes the `Pass` of each batch
     bs:int=None, # How many changed images are run at once
     score=None, # A function from the model's output to scores (n, c)
     keep:bool=False # Keep each pass's graph, to be asked again?
 ):
     "Run `learn` on `images` inside `get_preds`, and hand the `Pass` of each batch to `use`"
-    bar = shows_bars(learn) and len(images.dl)==1 # one batch needs no bar, but a method that runs the model many times does
-    if len(images.dl)==1: learn.remove_cb(ProgressCallback)
+    is_single = len(images.dl)==1
+    bar = shows_bars(learn) and is_single
+    if is_single: learn.remove_cb(ProgressCallback)
     known = dict(vocab=output_names(learn), loss_func=learn.loss_func, score=score, bs=bs, bar=bar, keep=keep)
     cb = PassCallback(watch, use, images.labels, **known)
     with quiet(learn.model), clear_errors(), cb.stack:
