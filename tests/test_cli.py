@@ -1,8 +1,9 @@
-"The command line, as a process: from an installed wheel, in a folder outside the source."
+"The command line: called in this process, and where a process of its own matters, from an installed wheel in a folder outside the source."
 import csv, io, os, pathlib, pickle, resource, shutil, subprocess, sys, pytest
 from filelock import FileLock
-from fastai_heatmaps import cli
 from conftest import *
+import fastai_heatmaps.cli.main as cli
+from fastai_heatmaps.cli.models import open_learner, pickle_without
 
 root = Path(__file__).parents[1]
 
@@ -26,10 +27,21 @@ def site(tmp_path_factory):
 
 @pytest.fixture
 def run(site, tmp_path):
+    "Calls the command as a shell does"
     def _run(*args, **kwargs):
         env = {**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'}
         return subprocess.run([site/'bin'/'fastai-heatmaps', *map(str, args)], cwd=tmp_path, env=env, capture_output=True, text=True, **kwargs)
     return _run
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    "Calls the command in this process, with the same result as from `run`"
+    monkeypatch.chdir(tmp_path)
+    def _call(*args):
+        capsys.readouterr()
+        return subprocess.CompletedProcess(args, cli.main([*map(str, args)]), *capsys.readouterr())
+    return _call
 
 
 @pytest.fixture(scope='session')
@@ -66,7 +78,7 @@ def test_answers_without_fastai(site, tmp_path):
     "Help, and what can be said without a model, do not wait for fastai"
     (tmp_path/'x.pkl').touch(); (tmp_path/'x.jpg').touch()
     code = """import sys
-from fastai_heatmaps.cli import main
+from fastai_heatmaps.cli.main import main
 for args in sys.argv[1:]:
     try: print('code', main(args.split()))
     except SystemExit as e: print('code', e.code)
@@ -80,6 +92,21 @@ print(__file__ if '__file__' in globals() else '', *[o for o in ('fastai', 'torc
     assert res.stdout.splitlines()[-1].strip()=='' and 'Traceback' not in res.stderr, res.stdout+res.stderr
     assert res.stdout.count('examples:')==3 and res.stdout.count('exit codes: 0')==5
     for o in ("'x.pkl' was not opened", 'add --trust', '--vocab goes with --arch', "gives 1 class;", "the class 'a' twice", "no file 'no.pkl'", "no images found in '*.png'", "there is no file '.hidden'", '--overwrite'): assert o in res.stderr, o
+
+
+def test_stopped():
+    "Ctrl-C, and a reader that goes away, as `| head` does, end the command without a traceback"
+    code = """import sys, fastai_heatmaps.cli.main as cli
+def work(a):
+    print('x'*10**6)
+    raise KeyboardInterrupt
+cli.print_methods = work
+sys.exit(cli.main(['methods']))"""
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    one(res, 130, 'interrupted')
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        p.stdout.close()
+        assert p.stderr.read()=='' and p.wait()==1
 
 
 def test_photos_of_all_kinds(run, pets, pics, tmp_path):
@@ -122,20 +149,20 @@ def test_photos_of_all_kinds(run, pets, pics, tmp_path):
     assert {f.name for f in tmp_path.iterdir()}=={'photos', 'heatmaps'}
 
 
-def test_a_pickle_runs_only_with_trust(run, tmp_path):
+def test_a_pickle_runs_only_with_trust(call, tmp_path):
     evil = tmp_path/'evil'
     for o in ('a.pkl', 'a.pth', 'a.safetensors'): torch.save(Evil(evil), tmp_path/o)
     torch.save({'model': {'w': Evil(evil)}, 'opt': {}}, tmp_path/'b.pth')
     (tmp_path/'c.pth').write_bytes(pickle.dumps(Evil(evil)))
     Image.new('RGB', (9,9)).save(tmp_path/'x.png')
-    for o in ('a.pkl', 'a.pth', 'c.pth'): one(run('gradcam', o, 'x.png'), 2, 'not opened', '--trust')
-    one(run('gradcam', 'a.safetensors', 'x.png'), 2, '--arch')
-    one(run('gradcam', 'b.pth', 'x.png', '--arch', 'resnet18', '--vocab', 'a,b'), 1, "'b.pth' cannot be read as weights: it holds", 'mkdir', 'none of its code was run')
+    for o in ('a.pkl', 'a.pth', 'c.pth'): one(call('gradcam', o, 'x.png'), 2, 'not opened', '--trust')
+    one(call('gradcam', 'a.safetensors', 'x.png'), 2, '--arch')
+    one(call('gradcam', 'b.pth', 'x.png', '--arch', 'resnet18', '--vocab', 'a,b'), 1, "'b.pth' cannot be read as weights: it holds", 'mkdir', 'none of its code was run')
     for o in ('a.pkl', 'a.pth', 'c.pth', 'a.safetensors'):
         for trust in ((), ('--trust',)):
-            with pytest.raises(RuntimeError, match='cannot be read as weights'): cli.open_learner(tmp_path/o, bool(trust), 'resnet18', 'a,b')
+            with pytest.raises(RuntimeError, match='cannot be read as weights'): open_learner(tmp_path/o, bool(trust), 'resnet18', 'a,b')
     assert not evil.exists()
-    one(run('grid', 'a.pkl', 'x.png', '--trust'), 1, "'a.pkl' cannot be loaded as an exported Learner")
+    one(call('grid', 'a.pkl', 'x.png', '--trust'), 1, "'a.pkl' cannot be loaded as an exported Learner")
     assert evil.exists() # or nothing was shown by this test
 
 
@@ -145,12 +172,12 @@ def test_no_learner(tmp_path, what):
     (tmp_path/'b.pkl').write_bytes(pickle.dumps(what))
     for o in ('a.pkl', 'b.pkl'):
         for kwargs,kind in ((dict(trust=True), 'an exported Learner'), (dict(arch='resnet18', vocab='a,b'), 'weights')):
-            with pytest.raises(RuntimeError) as e: cli.open_learner(tmp_path/o, **kwargs)
+            with pytest.raises(RuntimeError) as e: open_learner(tmp_path/o, **kwargs)
             assert kind in str(e.value) or 'something else' in str(e.value)
             assert '\n' not in str(e.value) and 'weights_only' not in str(e.value), e.value
 
 
-def test_weights(run, pets, pics, tmp_path):
+def test_weights(call, pets, pics, tmp_path):
     "Weights give what the Learner gave that they were saved from, normalisation included; also those with the state of the optimizer. Images of a CSV, drawn on the originals"
     learn,path = pets
     shutil.copytree(pics, tmp_path/'set'/'pics')
@@ -158,16 +185,16 @@ def test_weights(run, pets, pics, tmp_path):
     files = get_image_files(pics).sorted()
     with learn.no_bar(): hm = learn.get_heatmaps(files, cls='red')
     with open(tmp_path/'set'/'a.csv', 'w', newline='') as f: csv.writer(f).writerows([['label', 'image'], *[[label(o), f'pics/{o.name}'] for o in files]])
-    res = run('gradcam', path/'pets.pth', 'set/a.csv', '--column', 'image', '--arch', 'squeezenet1_1', '--vocab', 'classes.txt', '--size', 64, '--cls', 'red', '--out', 'a', '--quiet', '--on', 'original', '--format', 'webp')
+    res = call('gradcam', path/'pets.pth', 'set/a.csv', '--column', 'image', '--arch', 'squeezenet1_1', '--vocab', 'classes.txt', '--size', 64, '--cls', 'red', '--out', 'a', '--quiet', '--on', 'original', '--format', 'webp')
     assert res.returncode==0 and res.stdout==res.stderr=='', res.stderr
     got = rows(tmp_path/'a')
     assert [o['cls'] for o in got]==['Red']*12 and [float(o['probability']) for o in got]==pytest.approx(hm.preds[:,1].tolist(), rel=1e-4)
     for o,r in zip(files, got): assert Path(r['item']).name==o.name and Image.open(tmp_path/'a'/r['overlay']).size==Image.open(o).size and r['map'].endswith('.webp')
     for o in ('pets.pth', 'pets.safetensors'):
-        new = cli.open_learner(path/o, arch='squeezenet1_1', vocab='Blue_ish,Red', size=64)
+        new = open_learner(path/o, arch='squeezenet1_1', vocab='Blue_ish,Red', size=64)
         torch.testing.assert_close(new.get_heatmaps(files, cls='red').maps, hm.maps)
     def fails(*words, kind=ValueError, **kwargs):
-        with pytest.raises(kind) as e: cli.open_learner(path/'pets.pth', **kwargs)
+        with pytest.raises(kind) as e: open_learner(path/'pets.pth', **kwargs)
         assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
     fails("no architecture 'squeezenet'", "'squeezenet1_1'", arch='squeezenet', vocab='a,b')
     fails('not those of squeezenet1_1', '3 classes', 'size mismatch', arch='squeezenet1_1', vocab='a,b,c', kind=RuntimeError)
@@ -179,7 +206,7 @@ def test_weights_of_timm(pics, tmp_path):
     learn.path = learn.model_dir = tmp_path
     learn.dls.add_tfms([Normalize.from_stats(*[learn.model[0].model.default_cfg[o] for o in ('mean', 'std')], cuda=False)], 'after_batch')
     learn.save('timm', with_opt=False)
-    new,files = cli.open_learner(tmp_path/'timm.pth', arch='resnet18', vocab='Blue_ish,Red', size=64),get_image_files(pics)
+    new,files = open_learner(tmp_path/'timm.pth', arch='resnet18', vocab='Blue_ish,Red', size=64),get_image_files(pics)
     torch.testing.assert_close(new.get_heatmaps(files).maps, learn.get_heatmaps(files).maps)
 
 
@@ -191,7 +218,7 @@ def test_exported_on_a_gpu(pets, pics, tmp_path, monkeypatch):
         m.setattr(torch.serialization, 'location_tag', lambda o: 'cuda:0')
         torch.save(learn, tmp_path/'gpu.pkl', pickle_protocol=2) # as `export` does
     if not torch.cuda.is_available(): pytest.raises(RuntimeError, torch.load, tmp_path/'gpu.pkl', weights_only=False)
-    new,files = cli.open_learner(tmp_path/'gpu.pkl', trust=True, cpu=True),get_image_files(pics)
+    new,files = open_learner(tmp_path/'gpu.pkl', trust=True, cpu=True),get_image_files(pics)
     with pets[0].no_bar(): torch.testing.assert_close(new.get_heatmaps(files).maps, pets[0].get_heatmaps(files).maps)
 
 
@@ -216,9 +243,9 @@ def test_functions_from_elsewhere(pics, tmp_path, monkeypatch):
     learn.model = old
     monkeypatch.undo()
     pytest.raises(AttributeError, load_learner, tmp_path/'a.pkl')
-    with pytest.raises(RuntimeError, match=r"needs __main__\.is_cat, __main__\.Net, which cannot be imported here") as e: cli.open_learner(tmp_path/'b.pkl', trust=True)
+    with pytest.raises(RuntimeError, match=r"needs __main__\.is_cat, __main__\.Net, which cannot be imported here") as e: open_learner(tmp_path/'b.pkl', trust=True)
     assert '\n' not in str(e.value)
-    new,files = cli.open_learner(tmp_path/'a.pkl', trust=True),get_image_files(pics)
+    new,files = open_learner(tmp_path/'a.pkl', trust=True),get_image_files(pics)
     pytest.raises(AttributeError, load_learner, tmp_path/'b.pkl')
     with learn.no_bar(): torch.testing.assert_close(new.get_heatmaps(files).preds, learn.get_heatmaps(files).preds)
     with pytest.raises(ValueError, match='uses __main__.is_cat, which was defined'): new.dls.test_dl(files, with_labels=True).dataset[0]
@@ -229,7 +256,7 @@ class OtherPath:
     def __reduce__(self): return self.kind, ('a',)
 
 def test_paths_of_another_system():
-    for kind in (pathlib.WindowsPath, pathlib.PosixPath): assert cli._pickle_without([]).Unpickler(io.BytesIO(pickle.dumps(OtherPath(kind)))).load()==Path('a')
+    for kind in (pathlib.WindowsPath, pathlib.PosixPath): assert pickle_without([]).Unpickler(io.BytesIO(pickle.dumps(OtherPath(kind)))).load()==Path('a')
 
 
 def test_wrong_names(pets, pics, tmp_path, monkeypatch, capsys):
@@ -253,16 +280,16 @@ def test_wrong_names(pets, pics, tmp_path, monkeypatch, capsys):
     assert [f.name for f in tmp_path.iterdir()]==['file']
 
 
-def test_what_is_there_is_kept(run, pets, pics, tmp_path):
+def test_what_is_there_is_kept(run, call, pets, pics, tmp_path):
     "Nothing is written over without --overwrite; a disk that is full, as a limit on the size of files, is told in one line, and nothing half-written is left"
     photo,args = next(iter(get_image_files(pics))),('gradcam', pets[1]/'export.pkl', '--trust', '--out', 'out')
     def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))
     one(run(*args, photo, preexec_fn=limit), 1, 'File too large')
     assert not list(tmp_path.rglob('*.tmp')) and all(Image.open(f).size==(64,64) for f in tmp_path.rglob('*.png'))
-    assert run(*args, photo, '--overwrite').returncode==0
+    assert call(*args, photo, '--overwrite').returncode==0
     before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path/'out').iterdir()}
     assert len(before)==4
-    one(run(*args, photo), 1, 'is there already', '--overwrite')
+    one(call(*args, photo), 1, 'is there already', '--overwrite')
     assert before=={f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path/'out').iterdir()}
 
 
@@ -290,10 +317,9 @@ def test_many_images(pets, pics, tmp_path, monkeypatch, capsys):
     assert 'heatmaps of 143 images, 1 skipped' in capsys.readouterr()[0]
 
 
-def test_grid(run, pets, pics, tmp_path, monkeypatch, capsys):
-    res = run('grid', pets[1]/'export.pkl', pics, '--trust', '--n', 3, '--seed', 1, '--cls', 'Red', '--out', 'new/a.png')
+def test_grid(call, pets, pics, tmp_path, capsys):
+    res = call('grid', pets[1]/'export.pkl', pics, '--trust', '--n', 3, '--seed', 1, '--cls', 'Red', '--out', 'new/a.png')
     assert res.returncode==0 and res.stdout=='new/a.png: 3 images\n' and res.stderr=='', res.stderr
-    monkeypatch.chdir(tmp_path)
     for seed,n,same in ((1, 3, True), (2, 3, False)):
         assert cli.main(['grid', str(pets[1]/'export.pkl'), str(pics), '--trust', '--n', str(n), '--seed', str(seed), '--cls', 'Red', '--out', 'b.png', '--overwrite'])==0
         a,b = [np.array(Image.open(tmp_path/o).convert('RGB')) for o in ('new/a.png', 'b.png')]
@@ -305,8 +331,8 @@ def test_grid(run, pets, pics, tmp_path, monkeypatch, capsys):
     assert not Path('c.png').exists()
 
 
-def test_methods(run):
-    res = run('methods')
+def test_methods(call):
+    res = call('methods')
     assert res.returncode==0 and res.stdout==f'{heatmap_methods}\n' and res.stderr==''
 
 
@@ -328,7 +354,7 @@ def test_numbers(pets, pics, tmp_path, monkeypatch, capsys):
     assert got.cls.tolist()==want.cls.tolist() and got.vocab==list(pets[0].dls.vocab)
     part = Path('out/part-00000000.npz')
     data = part.read_bytes()
-    monkeypatch.setattr(Learner, 'get_heatmaps', lambda self, *args, **kwargs: 1/0)
+    monkeypatch.setattr('fastai_heatmaps.learner.core.explain_images', lambda *args, **kwargs: 1/0)
     assert cli.main(args)==1 and capsys.readouterr()[0]=='out: heatmaps of 11 images, 1 skipped\n' # and nothing is computed again
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

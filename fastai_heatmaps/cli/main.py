@@ -70,13 +70,14 @@ def _parts(n, bs): # slices of `n` images: full batches, about 256 images each
     size = bs*max(1, 256//bs)
     return [slice(i, i+size) for i in range(0, n, size)]
 
-def _short(f): return f.stem.encode(errors='ignore')[:40].decode(errors='ignore') # the name of a file, of 40 bytes at most
+def _short(f): return f.stem.encode(errors='ignore')[:40].decode(errors='ignore') # its name, of 40 bytes at most
 
 # %% ../../nbs/73_cli.main.ipynb #c1000023
 def _write_pictures(a, learn, files, written): # returns how many images were done
     from fastai_heatmaps.data.files import file_names
     names = dict(zip(files, file_names(map(_short, files)))) # files of several folders may have the same name
-    request,done = _request(a, learn),0
+    request = _request(a, learn)
+    done = 0
     for part in _parts(len(files), a.bs or learn.dls.valid.bs):
         hm,good = file_heatmaps(learn, files[part], **request)
         if not good: continue
@@ -93,7 +94,8 @@ def _empty_store(folder): # for a new run
 def _write_numbers(a, learn, files, written): # as `_write_pictures`
     from fastai_heatmaps.data.store import open_store
     from fastai_heatmaps.learner.core import plan_heatmaps, write_heatmaps
-    request,folder = _request(a, learn),Path(a.out)
+    request = _request(a, learn)
+    folder = Path(a.out)
     files = readable(files, _shows_bars(a))
     if not files: return 0
     images,explain,about = plan_heatmaps(learn, files, **request)
@@ -116,7 +118,8 @@ def save_heatmaps(
     if os.path.exists(a.out) and not os.path.isdir(a.out):
         raise NotADirectoryError(f'--out is the file {a.out!r}; expected a folder')
     files,gone = _find_images(a, leave_out=a.out)
-    learn,out = _open_learner(a),sys.stdout
+    learn = _open_learner(a)
+    out = sys.stdout # also while it is redirected
     def written(hm, files):
         if a.quiet: return
         for i,f in enumerate(files): print(f'{_name(f)}: {_answer(hm, i)}', file=out, flush=True)
@@ -148,7 +151,8 @@ def save_grid(
     out = Path(a.out)
     if out.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg'):
         raise UsageError(f"--out is {a.out!r}; expected a name that ends in .png, .jpg, .webp, .pdf or .svg")
-    if out.exists() and not a.overwrite: raise FileExistsError(f"{a.out!r} exists: choose another name, or add --overwrite")
+    if out.exists() and not a.overwrite:
+        raise FileExistsError(f"{a.out!r} exists: choose another name, or add --overwrite")
     files,gone = _find_images(a)
     learn = _open_learner(a)
     request = _request(a, learn)
@@ -206,12 +210,13 @@ exit codes: 0 all done, 1 something failed or some images were skipped, 2 wrong 
 
 # %% ../../nbs/73_cli.main.ipynb #c100002e
 def _at_least_1(o):
-    if not o.isdecimal() or int(o)<1: raise argparse.ArgumentTypeError(f'{o!r} is no whole number from 1 on')
+    if not o.isdecimal() or int(o)<1:
+        raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, not {o!r}')
     return int(o)
 
 def _add_command(commands, name, run, help, examples=''):
-    c = commands.add_parser(name, help=help, description=help[0].upper()+help[1:]+'.', epilog=examples.format(c=name)+_codes,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    c = commands.add_parser(name, help=help, description=help[0].upper()+help[1:]+'.',
+                            epilog=examples.format(c=name)+_codes, formatter_class=argparse.RawDescriptionHelpFormatter)
     c.set_defaults(run=run, parser=c)
     return c
 
@@ -238,7 +243,8 @@ def _add_model(c):
     g.add_argument('--trust', action='store_true',
                    help='load an exported Learner, which runs the code in it: only if you trust who made it')
     g.add_argument('--arch', help='the architecture of weights, as vision_learner knows it: resnet34, or a name of timm')
-    g.add_argument('--vocab', help='their classes, in order: a text file with one on each line, or names with commas between them')
+    g.add_argument('--vocab',
+                   help='their classes, in order: a text file with one on each line, or names with commas between them')
     g.add_argument('--size', type=_at_least_1, default=224,
                    help='for weights: images are resized and cropped to this (default: %(default)s)')
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
@@ -320,7 +326,7 @@ def main(
     args:list=None # The words after the command's name; None = those that it was called with
 ) -> int: # The exit code
     "Run the command `fastai-heatmaps`"
-    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # any file name can be printed
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # to print any file name
     a = _parse(args)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

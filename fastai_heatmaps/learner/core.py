@@ -66,10 +66,12 @@ def write_heatmaps(
 def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=None, relu=True, topk=1, ds_idx=1, dl=None, bs=None,
                   dtype=torch.float32, score=None, # All as for `get_heatmaps`
                   **options
-) -> tuple: # `Images`; a function `(images, rows, use)`, which explains `rows` of them and hands the `Heatmaps` of each batch to `use`; one that gives `run_info`
+) -> tuple: # `Images`; `explain(images, rows, use)`, which hands the `Heatmaps` of each batch to `use`; `about()`, which gives `run_info`
     "Check the arguments of `get_heatmaps`, and prepare what it does"
     if bs is not None and bs<1: raise ValueError(f"bs is {bs}; expected at least 1")
-    f,vocab,run = get_method(method, **options),output_names(learn),shadow(learn)
+    f = get_method(method, **options)
+    vocab = output_names(learn)
+    run = shadow(learn)
     if layer is not None and f.at_layer: layer = find_layers(run.model, layer)
     images = to_images(run.dls, items, ds_idx, dl, bs, vocab)
     if is_targ(cls) and items is not None and images.labels is None:
