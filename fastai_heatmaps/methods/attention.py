@@ -18,7 +18,7 @@ import contextlib,threading
 
 # %% ../../nbs/14_methods.attention.ipynb #0202ec32
 class attention_weights(TorchFunctionMode):
-    "A context in which attention is computed step by step: `weights` are the softmax weights of each call, (n, heads, queries, keys)"
+    "A context that records the `weights` of each attention, (n, heads, queries, keys), as leaves of the graph"
     def __init__(self):
         super().__init__()
         self.weights = []
@@ -40,7 +40,8 @@ class attention_weights(TorchFunctionMode):
         self.weights.append(logits.softmax(-1).detach().requires_grad_())
         return self.weights[-1]@v
 
-    def multihead(self, query, key, value, dim, heads, in_weight, in_bias, bias_k, bias_v, add_zero, dropout, out_weight, out_bias, **kwargs):
+    def multihead(self, query, key, value, dim, heads, in_weight, in_bias, bias_k, bias_v, add_zero, dropout,
+                  out_weight, out_bias, **kwargs):
         "Do what `F.multi_head_attention_forward` does, with tokens (tokens, n, features) that attend to themselves"
         is_self = query is key and key is value
         if not is_self or in_weight is None or bias_k is not None or add_zero:
@@ -63,7 +64,8 @@ class BlockHook(LeafHook):
 
 # %% ../../nbs/14_methods.attention.ipynb #at000004
 def _refused(why): # the error for a model that is no plain transformer
-    return ValueError(f"'legrad' is for vision transformers such as ViT and DeiT, and {why}: use a method for layers, such as 'gradcam'")
+    return ValueError(f"'legrad' is for vision transformers such as ViT and DeiT, and {why}: "
+                      "use a method for layers, such as 'gradcam'")
 
 # %% ../../nbs/14_methods.attention.ipynb #at000005
 def attending_blocks(
@@ -124,7 +126,7 @@ def layers_after(
 def legrad(
     probe:Probe # Of a plain vision transformer
 ) -> Tensor: # (n, k, h, w)
-    "`mean_l mean_heads,queries ReLU(∂s_l/∂A_l)`, `A_l` the attention weights of block `l` and `s_l` its score: LeGrad (Bousselham et al. 2024, arXiv 2404.03214)"
+    "`mean_l,heads,queries ReLU(∂s_l/∂A_l)`, `A_l` the attention weights of block `l` and `s_l` its score: LeGrad (Bousselham et al. 2024, arXiv 2404.03214)"
     model,xb = probe.model,probe.xb
     blocks = attending_blocks(model)
     outs,weights = run_blocks(model, blocks, *xb)

@@ -24,14 +24,15 @@ def blurred(
 # %% ../../nbs/10_methods.changed.ipynb #15bddaf9
 def filled(
     x:Tensor, # Images (n, C, H, W)
-    fill=0. # A number, in the values that the model takes; 'mean' = the mean colour of each image; 'blur' = the image, blurred; a tensor that fits
+    fill=0. # A number, as the model takes them; 'mean' = each image's mean colour; 'blur' = the image, blurred; a tensor that fits
 ) -> Tensor: # Of the shape of `x`
     "Make what counts as 'nothing to see' in images like `x`"
     if isinstance(fill, str) and fill=='mean': return x.mean((2,3), keepdim=True).expand_as(x)
     if isinstance(fill, str) and fill=='blur': return blurred(x)
     try: return torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"fill is {fill!r}; expected a number, 'mean', 'blur', or a tensor that fits {tuple(x.shape[1:])}") from None
+        fits = f"a tensor that fits {tuple(x.shape[1:])}"
+        raise ValueError(f"fill is {fill!r}; expected a number, 'mean', 'blur', or {fits}") from None
 
 # %% ../../nbs/10_methods.changed.ipynb #794a80f9
 def noisy(

@@ -30,7 +30,8 @@ def window_boxes(
     h,w = _pair(ifnone(window, max(1, min(H,W)//7)), 'window')
     h,w = min(h, H),min(w, W)
     sh,sw = _pair(ifnone(stride, (max(1, h//2), max(1, w//2))), 'stride')
-    if sh>h or sw>w: raise ValueError(f"stride {(sh,sw)} is larger than the window {(h,w)}: parts of the picture would never be covered")
+    if sh>h or sw>w:
+        raise ValueError(f"stride {(sh,sw)} is larger than the window {(h,w)}: parts of the picture would never be covered")
     def along(side, length, step): return [slice(a, min(a+length, side)) for a in range(0, side-length+step, step)]
     return [(rows,cols) for rows in along(H, h, sh) for cols in along(W, w, sw)]
 
@@ -40,7 +41,7 @@ def occlusion(
     probe:Probe, # Of images (n, C, H, W)
     window=None, # Size of the window in pixels: a number, or (height, width); None = a seventh of the shorter side
     stride=None, # How far it moves, likewise; None = half a window
-    fill=0. # What it shows: a number, 'mean', 'blur' or a tensor, as in `filled`; 0 is the mean colour of the data, if they are normalised
+    fill=0. # What it shows, as in `filled`; 0 is the mean colour of the data if they are normalised
 ) -> Tensor: # (n, k, H, W)
     "The drop of the score under a moving window: occlusion (Zeiler and Fergus 2013, arXiv 1311.2901)"
     x = probe.x.float()
@@ -83,7 +84,8 @@ def rise(
     seed:int=0 # Of the masks
 ) -> Tensor: # (n, k, H, W)
     "`E[y(x ⊙ M) | M_ij = 1] - E[y(x ⊙ M)]` over random masks `M`: RISE (Petsiuk et al. 2018, arXiv 1806.07421), less its mean"
-    if n<2 or cells<1 or not 0<p<1: raise ValueError(f"n is {n}, cells {cells} and p {p}; expected at least 2 masks, 1 cell, and p between 0 and 1")
+    if n<2 or cells<1 or not 0<p<1:
+        raise ValueError(f"n is {n}, cells {cells} and p {p}; expected at least 2 masks, 1 cell, and p between 0 and 1")
     x = probe.x.float()
     make_masks = partial(rise_masks, n, x.shape[2:], cells, p, seed)
     scores = torch.zeros(*probe.idxs.shape, n)
@@ -115,7 +117,7 @@ def scorecam(
     probe:Probe, # Of images (n, C, H, W), with the layer whose channels are the masks
     channels:int=None # How many channels, those that vary most; None = all
 ) -> Tensor: # (n, k, h, w)
-    "`Σ_k w_k A_k`, `w` the softmax over the channels of the scores of `x ⊙ A_k`, each `A_k` enlarged and scaled to 0 to 1: Score-CAM (Wang et al. 2019, arXiv 1910.01279); with fewer `channels` Faster Score-CAM"
+    "`Σ_k w_k A_k`, `w` the softmax of `y(x ⊙ M_k)`, `M_k` the mask of `A_k`: Score-CAM (Wang et al. 2019, arXiv 1910.01279); with fewer `channels` Faster Score-CAM"
     if channels is not None and channels<1: raise ValueError(f"channels is {channels}; expected at least 1")
     x,acts = probe.x.float(),probe.acts
     if channels is not None and channels<acts.shape[1]:

@@ -35,7 +35,7 @@ def gradient_x_input(
 
 # %% ../../nbs/12_methods.pixels.ipynb #c5b2891e
 class _Relu(torch.autograd.Function):
-    "Clamps to 0 and `top`; on the way back only positive gradients pass, and with `guided` only where the output is between 0 and `top`"
+    "Clamp to 0 and `top`; let only positive gradients back, and with `guided` only where the output is between the two"
     @staticmethod
     def forward(ctx, x, top, guided, inplace):
         y = x.clamp_(0, top) if inplace else x.clamp(0, top)
@@ -66,7 +66,7 @@ def _as_relu(func, args, kwargs): # the (input, top, inplace) of a call that is 
 
 # %% ../../nbs/12_methods.pixels.ipynb #ef8ed7b4
 class relu_rule(TorchFunctionMode):
-    "A context in which ReLUs let only positive gradients back, and with `guided` only where they were active; it warns if there were none"
+    "A context in which ReLUs let only positive gradients back, and with `guided` only where they were active"
     def __init__(self,
         guided:bool=True # Guided backpropagation? Otherwise deconvolution
     ):
@@ -93,7 +93,7 @@ def guided_backprop(
     x:Tensor, # The input (n, C, H, W)
     grads:Tensor # `∂y/∂x` with guided ReLUs, of the same shape
 ) -> Tensor: # (n, H, W)
-    "`max_C |g|` with guided ReLUs: guided backpropagation (Springenberg et al. 2014, arXiv 1412.6806). Fails sanity checks: not to be trusted as an explanation"
+    "`max_C |g|` with guided ReLUs: guided backpropagation (Springenberg et al. 2014, arXiv 1412.6806). Fails sanity checks: do not trust it"
     return saliency(x, grads)
 
 # %% ../../nbs/12_methods.pixels.ipynb #846ff946
@@ -102,7 +102,7 @@ def deconvnet(
     x:Tensor, # The input (n, C, H, W)
     grads:Tensor # `∂y/∂x` with ReLUs that let positive gradients back, of the same shape
 ) -> Tensor: # (n, H, W)
-    "`max_C |g|` with ReLUs applied to the gradients: deconvolution (Zeiler and Fergus 2013, arXiv 1311.2901). Fails sanity checks, as guided backpropagation does"
+    "`max_C |g|` with ReLUs applied to the gradients: deconvolution (Zeiler and Fergus 2013, arXiv 1311.2901). Fails sanity checks, too"
     return saliency(x, grads)
 
 # %% ../../nbs/12_methods.pixels.ipynb #9683ff94
@@ -154,14 +154,15 @@ def completeness(
     off = (sums-want).abs() > .05*want.abs() + 1e-4*torch.stack([y,y0]).abs().max()
     if off.any():
         worst = max(res[off].tolist(), key=lambda o: abs(o-1))
-        warn(f"the attributions sum to {worst:.0%} of the difference between the scores of image and baseline: take more than {steps} steps")
+        warn(f"the attributions sum to {worst:.0%} of the difference between the scores of image and baseline: "
+             f"take more than {steps} steps")
     return res
 
 # %% ../../nbs/12_methods.pixels.ipynb #53e7c70f
 @heatmap_method('integrated_gradients', needs='model', cost='steps forward and backward (steps = 50)')
 def integrated_gradients(
     probe:Probe, # Of images (n, C, H, W)
-    baseline=0., # Where the way begins: a number, 'mean', 'blur' or a tensor, as in `filled`; 0 is the mean colour of the data, if they are normalised
+    baseline=0., # Where the way begins, as `fill` in `filled`; 0 is the mean colour of the data if they are normalised
     steps:int=50 # Points at which the gradient is taken, by Gauss-Legendre quadrature
 ) -> Tensor: # (n, k, H, W)
     "`Σ_C (x - b) ∫ g(b + α (x - b)) dα`: integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365)"
