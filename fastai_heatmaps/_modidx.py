@@ -525,6 +525,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_heatmaps/data/store.py')},
             'fastai_heatmaps.learner.core': { 'fastai_heatmaps.learner.core.Learner.get_heatmaps': ( 'learner.core.html#learner.get_heatmaps',
                                                                                                      'fastai_heatmaps/learner/core.py'),
+                                              'fastai_heatmaps.learner.core._checked_classes': ( 'learner.core.html#_checked_classes',
+                                                                                                 'fastai_heatmaps/learner/core.py'),
                                               'fastai_heatmaps.learner.core.explain_images': ( 'learner.core.html#explain_images',
                                                                                                'fastai_heatmaps/learner/core.py'),
                                               'fastai_heatmaps.learner.core.plan_heatmaps': ( 'learner.core.html#plan_heatmaps',

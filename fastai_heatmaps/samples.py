@@ -120,6 +120,7 @@ def logo_learner(
     dls = block.dataloaders(train+valid, bs=16, num_workers=0, device='cpu')
     body,head = demo_model()[0],nn.Linear(1280, 2)
     _fit_head(head, body, dls.train)
-    learn = Learner(dls, nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     learn.remove_cb(ProgressCallback)
     return learn

@@ -11,7 +11,7 @@ from ..core.no_trace import keep_random
 from ..core.layers import find_layers, layer_names
 from ..core.targets import class_indices, as_list, is_per_image, check_per_image, is_targ
 from ..core.method import get_method
-import fastai_heatmaps.methods.cam, fastai_heatmaps.methods.pixels, fastai_heatmaps.methods.perturb, fastai_heatmaps.methods.attention # which enter their methods
+from ..methods import cam, pixels, perturb, attention # which enter their methods into the registry
 from ..data.images import Images, to_images
 from ..data.heatmaps import Heatmaps
 from ..data.store import run_info, open_store, write_part, load_heatmaps
@@ -63,23 +63,28 @@ def write_heatmaps(
     if rows: explain(images.part(rows), rows, use)
 
 # %% ../../nbs/31_learner.core.ipynb #lc000005
+def _checked_classes(cls, n, has_labels, vocab): # `cls`, once it is clear that it fits `n` images and the `vocab`
+    if cls is None: return
+    if is_targ(cls):
+        if has_labels: return cls
+        raise ValueError("cls='targ' needs the true classes: pass (image, label) items, or leave `items` out")
+    if is_per_image(cls):
+        check_per_image(cls, n)
+        return cls
+    cls = as_list(cls)
+    if vocab is not None: class_indices(cls, torch.zeros(1, len(vocab)), vocab)
+    return cls
+
 def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=None, relu=True, topk=1, ds_idx=1, dl=None, bs=None,
                   dtype=torch.float32, score=None, # All as for `get_heatmaps`
                   **options
 ) -> tuple: # `Images`; `explain(images, rows, use)`, which hands the `Heatmaps` of each batch to `use`; `about()`, which gives `run_info`
     "Check the arguments of `get_heatmaps`, and prepare what it does"
     if bs is not None and bs<1: raise ValueError(f"bs is {bs}; expected at least 1")
-    f = get_method(method, **options)
-    vocab = output_names(learn)
-    run = shadow(learn)
+    f,vocab,run = get_method(method, **options),output_names(learn),shadow(learn)
     if layer is not None and f.at_layer: layer = find_layers(run.model, layer)
     images = to_images(run.dls, items, ds_idx, dl, bs, vocab)
-    if is_targ(cls) and items is not None and images.labels is None:
-        raise ValueError("cls='targ' needs the true classes: pass (image, label) items, or leave `items` out")
-    if is_per_image(cls): check_per_image(cls, len(images))
-    elif cls is not None and not is_targ(cls):
-        cls = as_list(cls)
-        if vocab is not None: class_indices(cls, torch.zeros(1, len(vocab)), vocab) # a wrong name is found before the model runs
+    cls = _checked_classes(cls, len(images), items is None or images.labels is not None, vocab)
     ask = dict(layer=layer, relu=relu, topk=topk, dtype=dtype, bs=bs, score=score)
     def explain(part, rows, use): explain_images(run, part, f, use, cls[rows] if is_per_image(cls) else cls, **ask)
     def about():
@@ -93,7 +98,7 @@ def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=N
 @keep_random()
 def get_heatmaps(self:Learner,
     items=None, # An image or a list of them, each as for `open_image` or as `(image, label)`; None = the images of `dl` or `ds_idx`
-    cls=None, # None = the `topk` predicted; a class by name or index; a list of classes; a tensor of one index an image, or a row of them; 'targ' = each image's own label
+    cls=None, # None = the `topk` predicted; a class or a list of them; a tensor with an index for each image, or k of them; 'targ' = its own label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them whose maps are fused
     relu:bool=True, # Keep evidence for the class only? If not, evidence against it is negative

@@ -77,7 +77,7 @@ def output_names(
 # %% ../../nbs/30_learner.run.ipynb #ad9ac111
 def blank(
     learn:Learner
-) -> tuple: # An image as the model takes it (1, C, H, W), black where possible; a function that makes such an input of pictures (n, C, H, W) in 0 to 1
+) -> tuple: # A black image as the model takes it (1, C, H, W), if possible; a function that makes an input of pictures (n, C, H, W) in 0 to 1
     "Make an image as the DataLoaders of `learn` do, and a function that applies their `Normalize`"
     dl = image_dl(learn.dls, [np.zeros((224,224,3), dtype=np.uint8)])
     opens = any(isinstance(f, OpenImage) for f in input_list(dl.dataset).tfms.fs)

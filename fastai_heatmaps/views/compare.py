@@ -205,7 +205,7 @@ def _check_learners(learners, difference):
 def compare_learners(
     learners:dict, # Name -> a Learner, or a function without arguments that returns one, such as `partial(load_learner, 'export.pkl')`
     items, # An image or a list of them, as for `get_heatmaps`: one column each
-    cls=None, # None = what each model predicts; a class by name or index; a list of classes: one column each for each image; 'targ' = each image's own label
+    cls=None, # None = what each model predicts; a class; a list of classes: a column for each; 'targ' = each image's own label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`; None = the body of each, or its last layer with a map
     relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
