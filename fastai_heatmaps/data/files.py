@@ -69,13 +69,13 @@ def _rows(hm, names, fmt): # a list for each image, of the rows of its maps
     stems = iter(file_names(stems, 161))
     def row(i, c):
         stem = next(stems)
-        return dict(item=items[i], cls=hm.name(c), probability=f'{float(hm.preds[i,c]):.6g}', truth='' if hm.targs is None else hm.truth(i),
-                    method=hm.method, layer=hm.layer, **{k:f'{stem}-{k}.{fmt}' for k in _kinds},
+        return dict(item=items[i], cls=hm.name(c), probability=f'{float(hm.preds[i,c]):.6g}',
+                    truth='' if hm.targs is None else hm.truth(i), method=hm.method, layer=hm.layer, **{k:f'{stem}-{k}.{fmt}' for k in _kinds},
                     fastai_heatmaps=__version__, torch=torch.__version__)
     return [[row(i, c) for c in cs] for i,cs in enumerate(cls)]
 
 # %% ../../nbs/24_data.files.ipynb #6be3598c
-def _pictures(hm, i, on, alpha, interpolation, scales): # of each map of image `i` its `_kinds`, as arrays (H, W) or (H, W, 3) in 0 to 1
+def _pictures(hm, i, on, alpha, interpolation, scales): # `_kinds` of each map of image `i`, in 0 to 1
     img,maps = hm.view(i, on, interpolation)
     if maps.shape[1:]!=img.shape[1:]: maps = F.interpolate(maps[None], img.shape[1:], mode=interpolation)[0]
     img = img.expand(3, -1, -1).permute(1, 2, 0).numpy()

@@ -212,8 +212,9 @@ class Images:
             workers = {'num_workers':0} if len(res)<=dl.bs else {}
             res.dl = dl.new(n=len(res), shuffle=False, drop_last=False, get_idxs=partial(list, res.idxs), **workers)
         else:
-            res.dl = torch.utils.data.DataLoader(torch.utils.data.Subset(dl.dataset, res.idxs), dl.batch_size, collate_fn=dl.collate_fn,
-                                                 num_workers=dl.num_workers, pin_memory=dl.pin_memory)
+            subset = torch.utils.data.Subset(dl.dataset, res.idxs)
+            res.dl = torch.utils.data.DataLoader(subset, dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers,
+                                                 pin_memory=dl.pin_memory)
             res.idxs = range_of(res.idxs)
         return res
 

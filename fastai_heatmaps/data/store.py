@@ -122,7 +122,8 @@ def _read_run(folder): # what the manifest says of the run
 
 def _write_run(folder, run):
     versions = dict(fastai_heatmaps=__version__, torch=torch.__version__)
-    with whole_file(folder/'manifest.json') as tmp: tmp.write_text(json.dumps(dict(run=run, versions=versions), indent=1), encoding='utf-8')
+    text = json.dumps(dict(run=run, versions=versions), indent=1)
+    with whole_file(folder/'manifest.json') as tmp: tmp.write_text(text, encoding='utf-8')
 
 # %% ../../nbs/25_data.store.ipynb #d1a4480d
 def samples(
@@ -143,7 +144,8 @@ def run_info(
     "Collect what tells one run from another, and what is needed to read it"
     dl,bs = images.dl,images.bs
     if not bs:
-        raise ValueError("out= needs a fastai DataLoader, which can be asked for the images that are left: pass learn.dls.test_dl(files)")
+        raise ValueError("out= needs a fastai DataLoader, which can be asked for the images that are left: "
+                         "pass learn.dls.test_dl(files)")
     res = dict(n=len(images), part=bs*max(1, 256//bs), method=args['method'])
     res.update(args)
     res.update(transforms=[re.sub(r' at 0x[0-9a-f]+', '', str(o)) for o in (dl.after_item, dl.after_batch)],
@@ -206,5 +208,6 @@ def load_heatmaps(
                          "run get_heatmaps with the same arguments again, which goes on where it stopped")
     images = Images(dl, places, names=run['names'] if dl is None else None)
     if dl is not None and (len(dl.dataset)<=max(places) or digest(images.items)!=run['items'] or samples(images)!=run['samples']):
-        raise ValueError(f"dl has other images than {folder}, or other transforms: pass the DataLoader that the heatmaps were made of")
+        raise ValueError(f"dl has other images than {folder}, or other transforms: "
+                         "pass the DataLoader that the heatmaps were made of")
     return Heatmaps.join([_as_heatmaps(read_part(folder, a, b-a), run) for a,b in parts], images)
