@@ -17,7 +17,7 @@ def pytest_addoption(parser):
     parser.addoption('--nb-flags', default='', help='nbdev test flags to run that are left out otherwise, such as "slow"')
 
 
-gc.freeze() # what is there now is not looked at again
+def pytest_collection_finish(): gc.freeze() # all that the tests import is not looked at again
 
 
 @pytest.fixture(autouse=True)

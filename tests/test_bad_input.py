@@ -56,6 +56,7 @@ def test_options(learn, photo, method, options, words):
     fails(lambda: learn.show_heatmap(photo, cls='Red', method=method, **options), words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', list(heatmap_methods))
 def test_every_method(pics, photo, method):
     "What any method says to bad input"
@@ -125,6 +126,7 @@ def test_files(learn, photo, tmp_path):
     fails(lambda: learn.show_gradcam(np.zeros((2,3,9,9), dtype=np.uint8)), 'cannot be read')
 
 
+@pytest.mark.slow
 def test_a_bad_file_in_a_worker_process(pics, photo, tmp_path):
     "More images than a batch are opened by worker processes; their errors come back as one line too"
     learn = pic_learner(pics)

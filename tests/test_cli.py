@@ -109,6 +109,7 @@ sys.exit(cli.main(['methods']))"""
         assert p.stderr.read()=='' and p.wait()==1
 
 
+@pytest.mark.slow
 def test_photos_of_all_kinds(run, pets, pics, tmp_path):
     "What can be read is done, and what cannot is told, one line each; the numbers are those of the Learner"
     learn,path = pets
@@ -280,6 +281,7 @@ def test_wrong_names(pets, pics, tmp_path, monkeypatch, capsys):
     assert [f.name for f in tmp_path.iterdir()]==['file']
 
 
+@pytest.mark.slow
 def test_what_is_there_is_kept(run, call, pets, pics, tmp_path):
     "Nothing is written over without --overwrite; a disk that is full, as a limit on the size of files, is told in one line, and nothing half-written is left"
     photo,args = next(iter(get_image_files(pics))),('gradcam', pets[1]/'export.pkl', '--trust', '--out', 'out')
@@ -293,6 +295,7 @@ def test_what_is_there_is_kept(run, call, pets, pics, tmp_path):
     assert before=={f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path/'out').iterdir()}
 
 
+@pytest.mark.slow
 def test_many_images(pets, pics, tmp_path, monkeypatch, capsys):
     "More images than are taken at a time, of the same names in several folders: each once, in order, each with its own numbers"
     monkeypatch.chdir(tmp_path)

@@ -109,11 +109,9 @@ def check(got, hm):
 def results(path): return [torch.load(path/f'{i}.pth', weights_only=False) for i in range(2)]
 
 
-@pytest.mark.parametrize('launcher', [torchrun, accelerate], ids=['torchrun', 'accelerate'])
-def test_equal_to_one_process(launcher, pics, tmp_path):
-    launch(*launcher, 'together', pics, tmp_path)
+def check_together(pics, first, second):
+    "Each process has what one process alone gets"
     learn = pic_learner(pics)
-    first,second = results(tmp_path)
     for name,kwargs in cases(learn, pics).items():
         out = kwargs.pop('out', None)
         hm = learn.get_heatmaps(**kwargs)
@@ -127,10 +125,8 @@ def test_equal_to_one_process(launcher, pics, tmp_path):
     assert first['bs']['bars'] and not any(o['bars'] for o in second.values()) # of two batches in each
 
 
-def test_errors_are_raised_in_all(pics, tmp_path):
-    (tmp_path/'bad.png').write_text('no picture')
-    launch(*torchrun, 'failing', pics, tmp_path, tmp_path/'bad.png')
-    first,second = results(tmp_path)
+def check_failing(pics, first, second):
+    "Errors are raised in all"
     for k,text in dict(name="no class 'Rde'", length='2 indices for 6 images', empty='no images', option="has no option 'm'", order='the same images', split='the same images', weights='the same weights').items():
         assert first[k]==second[k] and text in first[k] and first[k].startswith('ValueError: ') and 'in process' not in first[k], (first[k], second[k])
     for k,here,there in [('last_file', second, first), ('first_file', first, second)]:
@@ -143,15 +139,33 @@ def test_errors_are_raised_in_all(pics, tmp_path):
         assert '\n' not in ''.join(v for v in o.values() if isinstance(v, str))
 
 
-def test_inside_a_training(pics, tmp_path):
-    launch(*torchrun, 'training', pics, tmp_path)
+def check_training(pics, first, second):
+    "It works inside a training, for one process too"
     learn = pic_learner(pics)
-    for o in results(tmp_path):
+    for o in (first, second):
         check(o['whole'], learn.get_heatmaps())
         check(o['items'], learn.get_heatmaps(get_image_files(pics).sorted()[:3]))
-    check(results(tmp_path)[0]['alone'], learn.get_heatmaps())
+    check(first['alone'], learn.get_heatmaps())
 
 
+@pytest.mark.slow
+def test_under_torchrun(pics, tmp_path):
+    "One start for all that is to be seen: what comes together, errors, a training"
+    (tmp_path/'bad.png').write_text('no picture')
+    launch(*torchrun, 'together,failing,training', pics, tmp_path, tmp_path/'bad.png')
+    first,second = results(tmp_path)
+    check_together(pics, first['together'], second['together'])
+    check_failing(pics, first['failing'], second['failing'])
+    check_training(pics, first['training'], second['training'])
+
+
+@pytest.mark.slow
+def test_under_accelerate(pics, tmp_path):
+    launch(*accelerate, 'together', pics, tmp_path)
+    check_together(pics, *[o['together'] for o in results(tmp_path)])
+
+
+@pytest.mark.slow
 def test_a_group_that_is_there_is_used(pics, tmp_path):
     runs = [subprocess.Popen([sys.executable, __file__, 'spawned', pics, tmp_path, str(i), tmp_path/'group'], env=env(), stderr=subprocess.PIPE, text=True) for i in range(2)]
     try:
@@ -161,8 +175,8 @@ def test_a_group_that_is_there_is_used(pics, tmp_path):
     finally:
         for o in runs: o.kill()
     for o in results(tmp_path):
-        check(o['whole'], pic_learner(pics).get_heatmaps())
-        assert o['env']==[]
+        check(o['spawned']['whole'], pic_learner(pics).get_heatmaps())
+        assert o['spawned']['env']==[]
 
 
 def test_alone(learn, pics, monkeypatch):
@@ -187,6 +201,7 @@ def test_join(learn, pics):
 
 
 if __name__=='__main__': # one of the processes
-    name,pics,out,*args = sys.argv[1:]
+    names,pics,out,*args = sys.argv[1:]
     rank = os.environ.get('RANK') or args[0]
-    torch.save(globals()[name](Path(pics), *args), Path(out)/f'{rank}.pth')
+    res = {name: globals()[name](Path(pics), *(args if name in ('failing', 'spawned') else [])) for name in names.split(',')}
+    torch.save(res, Path(out)/f'{rank}.pth')

@@ -49,6 +49,7 @@ def test_costs(learn, file, monkeypatch):
     assert cost(setter(methods, 'ablationcam'))[0]==0 # the head alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', [o for o in heatmap_methods if o not in ('rise', 'occlusion', 'scorecam')])
 def test_equal_to_get_heatmaps(method, pics, file):
     learn = learner_for(method, pics)
@@ -63,6 +64,7 @@ def test_equal_to_get_heatmaps(method, pics, file):
     assert max(tops)>0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('block,get_y', [(RegressionBlock(n_out=3), three_numbers), (MultiCategoryBlock, tags), (MaskBlock(codes=['none', 'blue', 'red']), mask)])
 def test_other_tasks(block, get_y, pics, file):
     if get_y is mask: learn = unet_learner(task_dls(pics, block, get_y=get_y), resnet18, pretrained=False, normalize=False)

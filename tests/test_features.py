@@ -213,6 +213,7 @@ def test_class_image_raises_the_class(learn):
         assert ax.get_title()==f"{['Blue_ish','Red'][c]} {p:.2f}"
 
 
+@pytest.mark.slow
 def test_class_image_is_reproducible(learn):
     a,b = learn.get_class_image('Red', steps=4, seed=1),learn.get_class_image(['Blue_ish', 'red'], steps=4, seed=1)
     assert a.shape==(1,3,64,64) and torch.equal(a[0], b[1]) and not torch.equal(b[0], b[1])
@@ -220,6 +221,7 @@ def test_class_image_is_reproducible(learn):
     assert learn.get_class_image(0, steps=1, size=32).shape==(1,3,32,32) and learn.get_class_image(0, steps=1, size=(32,48)).shape==(1,3,32,48)
 
 
+@pytest.mark.slow
 def test_image_of_a_channel(learn):
     "The channel it was made for fires more than for the noise it was made from, and than for the image of another channel"
     def fires(pic, c):
@@ -270,6 +272,7 @@ def test_callers_modes(learn, pics):
     with torch.autocast('cpu', torch.bfloat16): torch.testing.assert_close(learn.get_class_image('Red', steps=3), want, atol=.1, rtol=0)
 
 
+@pytest.mark.slow
 def test_class_image_of_the_demo(demo):
     "After a few steps the model is surer of the class than for a photo of it, and for the noise to start from it was not"
     i,prepare = list(demo.dls.vocab).index('espresso'),blank(demo)[1]
@@ -313,6 +316,7 @@ calls = dict(filters=lambda l,f: l.show_filters(fresh=True), maps=lambda l,f: l.
              channel=lambda l,f: l.show_class_image(layer='0.4', channel=[1,2], steps=2), architecture=lambda l,f: l.show_architecture())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('call', calls)
 @pytest.mark.parametrize('how', ways)
 def test_no_trace(learn, pics, how, call):

@@ -213,6 +213,7 @@ class Invert(ItemTransform):
     def encodes(self, x): return (PILImage.create(255-np.array(x[0])) if self.k else x[0], *x[1:])
 
 
+@pytest.mark.slow
 def test_another_run_that_looks_alike(pics, tmp_path):
     "Layers without weights, edited functions, other pictures of the same names, other labels, other parameters of a transform: none is taken for the other"
     learn = pic_learner(pics, bs=2)
@@ -272,6 +273,7 @@ def test_a_full_disk(many, pics, tmp_path, monkeypatch):
     assert same(many.get_heatmaps(dl=dl, out=tmp_path/'a'), many.get_heatmaps(dl=dl))
 
 
+@pytest.mark.slow
 def test_killed_at_random(tmp_path):
     "SIGKILL at random moments of a writing run, 10 times: resumed to the end, the folder is byte for byte that of an unbroken run"
     code = """
@@ -316,6 +318,7 @@ def test_killed_at_random(tmp_path):
     assert files(tmp_path/'a')==files(tmp_path/'whole') and len(files(tmp_path/'a'))==16
 
 
+@pytest.mark.slow
 def test_digest_of_a_function_is_the_same_in_another_process():
     "Also of one with a set in it, whose order is by chance"
     code = "from fastai_heatmaps.data.store import digest; print(digest(lambda a: a in {'x', 'y', 'zeta', 'u', 'v'}))"

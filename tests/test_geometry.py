@@ -72,6 +72,7 @@ def test_the_grid_of_images_on_originals(tmp_path):
     assert {im.get_array().shape[:2] for ax in axs.flat for im in ax.images}=={(120,200)}
 
 
+@pytest.mark.slow
 def test_a_large_photo_is_shown_smaller(tmp_path):
     learn = bright_learner(tmp_path, Resize(96), size=(1500,2000), mark=(slice(700,800), slice(900,1000)))
     hm = learn.get_heatmaps(method='activations')

@@ -177,6 +177,7 @@ class Bf16(Callback):
     def after_loss(self): self.autocast.__exit__(None, None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cbs', [MixedPrecision(amp_mode='bf16'), ChannelsLast(), Bf16()], ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize('method', list(heatmap_methods))
 def test_callbacks_of_the_learner_apply(pics, cbs, method):
@@ -266,6 +267,7 @@ def test_a_dataloader_with_an_order_of_its_own(learn):
         assert hm.items[i]==want.items[j] and hm.targs[i]==want.targs[j]
 
 
+@pytest.mark.slow
 def test_worker_processes_that_are_spawned(pics):
     "As on Windows and macOS: what they need travels as a pickle"
     learn = pic_learner(pics)
@@ -306,6 +308,7 @@ def test_ways_to_name_classes(learn, pics):
     for cls in (np.int64(1), np.str_('red'), torch.tensor(1), 1): assert learn.get_heatmaps(f, cls=cls).cls.tolist()==[[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch,layer', [(models.vgg11, None), (models.alexnet, None), (models.squeezenet1_1, None), (models.densenet121, 'features.denseblock3'),
                                         (models.mobilenet_v2, 'features.12'), (models.resnet18, 'layer2.0.bn1')])
 def test_plain_models_and_inner_layers(arch, layer):

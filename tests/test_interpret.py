@@ -45,6 +45,7 @@ def drawn(f):
 
 # fastai's own, as it was
 
+@pytest.mark.slow
 @pytest.mark.parametrize('args,kwargs', [((4,), {}), ((3,), dict(largest=False)), ((3, False), {}), ((range(1,4),), {}), (([0,2],), dict(nrows=1)), ((4,), dict(ncols=4, figsize=(9,3))), ((2,), dict(alpha=.5)), ((2,), dict(cmap='gray'))])
 def test_without_heatmap_it_is_fastais(interp, args, kwargs):
     with interp.learn.no_bar():
@@ -129,6 +130,7 @@ def test_top_losses(torn, cls):
     assert fig.get_figwidth()==own.get_figwidth()*(1+(cls=='both')) and fig.get_figheight()==own.get_figheight()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('k,largest,kwargs', [(1, True, {}), (range(1,4), True, dict(nrows=1)), ([4,0], False, {}), (3, False, dict(ncols=1, figsize=(4,9))), (6, True, dict(method='layercam', layer='0.6', relu=False)), (2, True, dict(method='gradcam', layer=['0.6','0.7']))])
 def test_top_losses_with_options(torn, k, largest, kwargs):
     for cls in ('pred', 'both'):
@@ -355,6 +357,7 @@ def test_number_vocab(pics):
 
 # no trace
 
+@pytest.mark.slow
 def test_leaves_no_trace(torn):
     "What is ours leaves nothing; with a heatmap, fastai's picture leaves what it leaves without"
     learn = torn.learn

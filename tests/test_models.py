@@ -55,6 +55,7 @@ families = dict(resnet18=(resnet18, '0.6'), xresnet18=(xresnet18, '0.6.0.act'), 
                 densenet121=(models.densenet121, '0.0.denseblock3.denselayer2.conv1'), vgg11_bn=(models.vgg11_bn, '0.0.16'), alexnet=(models.alexnet, '0.0.6'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', families)
 def test_families_of_fastai(arch):
     "Also where an in-place ReLU follows the layer, and where all of the model is frozen"
@@ -108,6 +109,7 @@ vits = dict(vit=(vit('vit_tiny_patch16_224', img_size=64), 64, of_tokens(4, 4, 1
             torchvision_swin=(partial(tv.swin_t, num_classes=3), 64, {'permute':noop, 'norm':last, 'features.5':last}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', vits)
 def test_transformers(name):
     f,size,views = vits[name]
@@ -287,6 +289,7 @@ def counting(calls, compiled):
     return backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['eager', 'aot_eager', 'in place', 'part', 'part in place', 'part by hand'])
 def test_compiled_models(net, how):
     "The maps are those of the model itself, layers are found by every name they have, and the model is as compiled afterwards as before"
@@ -378,6 +381,7 @@ options = dict(occlusion=dict(window=16), scorecam=dict(channels=4), rise=dict(n
 views = dict(cnn=noop, vit=tokens(4,4,1), deit=tokens(4,4,2), swin=last)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:this model calls no ReLU', 'ignore:the attributions')
 @pytest.mark.parametrize('kind', views)
 @pytest.mark.parametrize('method', [o for o in heatmap_methods if o not in ('cam','legrad')])

@@ -111,6 +111,7 @@ def test_pytorch_grad_cam_finercam_with_equal_weights(small):
     differ(maps, parts(pgc.GradCAM, model, model[0], xb, [FinerWeightedTarget(c, refs, .6) for c in targs]))
 
 
+@pytest.mark.slow
 def test_pytorch_grad_cam_scorecam_without_aligned_corners(small, monkeypatch):
     "It enlarges the masks with align_corners=True, by which their cells do not lie where the layer sees them"
     model,layer,xb,targs = small
@@ -121,6 +122,7 @@ def test_pytorch_grad_cam_scorecam_without_aligned_corners(small, monkeypatch):
     differ(maps, as_it_is, by=.001)
 
 
+@pytest.mark.slow
 def test_pytorch_grad_cam_ablationcam(small):
     "Where the layer has no negative values"
     model,layer,xb,targs = small
@@ -179,6 +181,7 @@ def test_torch_cam_cam(lite0):
         all_close(ours(model, x, targs, 'cam', layer=layer), torch_cam(tc.CAM, model, layer, x, targs, fc_layer=fc))
 
 
+@pytest.mark.slow
 def test_torch_cam_scorecam_scaled_after_enlarging(small):
     "It scales the masks to 0 to 1 before they are enlarged, which dims their peaks; its own documentation, as the paper, has it the other way round"
     model,layer,xb,targs = small
@@ -281,6 +284,7 @@ def test_inner_layer_before_an_inplace_relu():
     all_close(ours(model, xb, [1,4], layer='0.6.0.bn1'), captum.LayerGradCam(model, layer).attribute(xb, target=[1,4])[:,0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('negative', [False, True])
 def test_captum_ablationcam(small, negative):
     "Its layer ablation gives the drop for each channel, also where values are negative"
@@ -321,6 +325,7 @@ def test_captum_gradients(case, method, peer):
     all_close(ours(model, xb, targs, method), want.amax(1) if method=='saliency' else want.sum(1))
 
 
+@pytest.mark.slow
 @two
 @pytest.mark.parametrize('method,peer', [('guided_backprop', captum.GuidedBackprop), ('deconvnet', captum.Deconvolution)])
 def test_captum_guided_gradients(case, method, peer):
@@ -342,6 +347,7 @@ def test_captum_guided_gradcam(case):
     all_close(maps[some], want[some])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:the attributions sum to')
 @pytest.mark.parametrize('baseline', [0., 'mean', 'colour'])
 def test_captum_integrated_gradients(small, baseline):
@@ -354,6 +360,7 @@ def test_captum_integrated_gradients(small, baseline):
         close(got, captum.IntegratedGradients(same).attribute(x, base, target=c, n_steps=9, method='gausslegendre')[0].sum(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('window,stride,fill', [((30,40), (25,30), 0.), ((24,24), (24,24), .5), ((50,64), (46,20), 'mean')])
 def test_captum_occlusion(small, window, stride, fill):
     model,_,xb,targs = small

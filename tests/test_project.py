@@ -9,6 +9,7 @@ from nbdev.config import get_config, nbpath2html
 
 root = Path(__file__).parents[1]
 nbs = sorted((root/'nbs').glob('*.ipynb'))
+quick_nbs = {f.name for f in nbs if '_core.' in f.name and not f.name.startswith(('00', '02'))} # these two take models apart
 ini = ConfigParser(delimiters='=')
 ini.read(root/'settings.ini', 'utf-8')
 cfg = ini['DEFAULT']
@@ -59,12 +60,14 @@ def test_pictures_are_small():
     assert size<6e6, f'{size/1e6:.1f} MB: run the notebooks by tools/run_nbs.py, or draw less'
 
 
+@pytest.mark.slow
 def test_readme_is_what_the_notebook_writes(tmp_path):
     subprocess.run([sys.executable, root/'tools'/'docs.py', 'readme', '--dest', tmp_path], check=True)
     assert (tmp_path/'README.md').read_text('utf-8')==(root/'README.md').read_text('utf-8'), 'run python tools/docs.py readme'
     assert {f.name: f.read_bytes() for f in (tmp_path/'README_files').iterdir()}=={f.name: f.read_bytes() for f in (root/'README_files').iterdir()}
 
 
+@pytest.mark.slow
 def test_docs_build_strictly():
     res = subprocess.run([sys.executable, root/'tools'/'docs.py'], capture_output=True, text=True)
     assert res.returncode==0, res.stdout+res.stderr
@@ -73,6 +76,7 @@ def test_docs_build_strictly():
     assert any('Learner.show_gradcam' in f.read_text('utf-8') for f in html.glob('learner*.html')) and 'output' not in res.stderr.lower()
 
 
+@pytest.mark.slow
 def test_wheel(tmp_path):
     "The wheel, built from the source distribution, holds all modules and runs from a folder of its own"
     subprocess.run([sys.executable, '-m', 'build', '--outdir', tmp_path, root], check=True, capture_output=True)
@@ -90,6 +94,7 @@ def test_wheel(tmp_path):
     assert res.stdout.splitlines()==[str(site/module.replace('.', '/'))+'.py', f"fastai-heatmaps {cfg['version']}"], res.stderr
 
 
+@pytest.mark.slow
 def test_public_names():
     "Star-importing gives what users call and nothing else, and every Learner has its methods"
     code = """import fastai.vision.all as fv, fastai_heatmaps.all as fh
@@ -114,7 +119,7 @@ def run_nb(tmp_path_factory):
         yield run
 
 
-@pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if '_core.' in o.name else pytest.mark.slow) for o in nbs])
+@pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if o.name in quick_nbs else pytest.mark.slow) for o in nbs])
 def test_notebook(fn, run_nb, pytestconfig):
     "Runs the notebook; and what it shows was stored: each cell that draws has its picture, and no error or warning is stored"
     rc,text = run_nb(fn, pytestconfig.getoption('--nb-flags'))

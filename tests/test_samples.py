@@ -38,6 +38,7 @@ def test_exported_demo(demo, tmp_path):
 def command(): return str(Path(sys.executable).with_name('fastai-heatmaps'))
 
 
+@pytest.mark.slow
 def test_demo_command(command, tmp_path):
     "As a process, in a folder outside the source, without a display"
     res = subprocess.run([command, 'demo', '--out', 'a b/ü'], cwd=tmp_path, capture_output=True, text=True)
@@ -69,6 +70,7 @@ def test_without_the_extra(monkeypatch):
     with pytest.raises(ImportError, match=r'skimage.data: pip install "fastai_heatmaps\[demo\]"'): demo_image('cat')
 
 
+@pytest.mark.slow
 def test_import_pulls_in_nothing_optional():
     "Importing the package imports no package that importing fastai does not"
     code = '''import sys

@@ -253,6 +253,7 @@ def bottleneck(model, x):
     return [m for m,n in outs if n==small][-1]
 
 
+@pytest.mark.slow
 def test_segmentation(seg):
     x = valid(seg)
     hm,pixels = seg.get_heatmaps(cls=codes, relu=False),predicted(seg)[0].argmax(1)
@@ -283,6 +284,7 @@ def test_segmentation_with_an_exported_learner(seg, tmp_path):
     assert hm.title(0)[0][0].startswith('red thing ')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layer', ['layers.0.5', 'layers.0.5.0.conv1', 'layers.3', 'layers.6', 'layers.11'])
 def test_segmentation_of_an_inner_layer(seg, layer):
     "The first one is what a skip connection carries, too: its gradient comes over both ways"
@@ -292,6 +294,7 @@ def test_segmentation_of_an_inner_layer(seg, layer):
     with torch.no_grad(): same(scores, torch.stack([over_predicted(c)(seg.model.eval()(x)) for c in range(3)], 1))
 
 
+@pytest.mark.slow
 def test_ablation_in_a_segmentation(seg):
     "Without a channel, in all the places where the model uses it, what is left of the logit of the same pixels?"
     x,layer = valid(seg)[:1,:,::2,::2].contiguous(),seg.model.layers[0][2]
@@ -320,6 +323,7 @@ def test_a_unet_keeps_no_graph(seg):
         deepcopy(seg.model)
 
 
+@pytest.mark.slow
 def test_occlusion_asks_about_the_same_pixels(seg):
     "Those that were predicted as the class before anything was hidden"
     x = valid(seg)
@@ -340,6 +344,7 @@ def test_occlusion_asks_about_the_same_pixels(seg):
     assert moved, 'the predicted pixels never change, so nothing is proved'
 
 
+@pytest.mark.slow
 def test_segmentation_in_a_mask(seg):
     "The class's logits, averaged over pixels of one's own choice, whatever is predicted there"
     m = np.zeros((64,64), dtype=bool)
@@ -357,6 +362,7 @@ def test_segmentation_in_a_mask(seg):
     one_line(lambda: in_mask(np.zeros((64,64))), 'at least one')
 
 
+@pytest.mark.slow
 def test_segmentation_with_one_channel(pics):
     "Its logit speaks for the second code, and with a minus for the first"
     dls = task_dls(pics, MaskBlock(['nothing','thing']), get_y=on_off)
@@ -411,6 +417,7 @@ def test_answers_in_tuples_and_dicts(wrap):
 def first_ce(p, t): return F.cross_entropy(p['logits'], t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['gradcam', 'saliency', 'occlusion'])
 def test_a_learner_with_a_dict(pics, method):
     learn = pic_learner(pics)
@@ -441,6 +448,7 @@ class Fixed(nn.Module):
     def forward(self, x): return self.model(x, self.m.expand(len(x), -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', [o for o in heatmap_methods if o!='legrad'])
 def test_several_inputs(method):
     "The first one is explained; each image keeps its own second input, also when it is changed many times"
