@@ -1,5 +1,5 @@
 "What is written twice agrees, the package is what the notebooks export, and the notebooks run."
-import json, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -111,7 +111,8 @@ print(*[hasattr(fv.ClassificationInterpretation, n) for n in 'top_losses_heatmap
 @pytest.fixture(scope='session')
 def run_nb(tmp_path_factory):
     "Runs a notebook as `nbdev-test` does: gives its exit code, and what it prints"
-    with subprocess.Popen([sys.executable, root/'tests'/'fork_nbs.py'], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+    keep = {'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**30)} # glibc gives memory back after each pass of a model else
+    with subprocess.Popen([sys.executable, root/'tests'/'fork_nbs.py'], cwd=root, env={**os.environ, **keep}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
         def run(fn, flags):
             log = tmp_path_factory.mktemp('nb')/'log'
             print(fn, flags, log, sep='\t', file=p.stdin, flush=True)

@@ -55,6 +55,12 @@ def test_one_way_to_run_a_learner():
     assert [f.relative_to(root).as_posix() for f in files]==['fastai_heatmaps/learner/run.py']
 
 
+def test_a_task_in_one_place():
+    "No module asks which task it is: what depends on that is said by the classes of core/tasks.py"
+    files = [f for f in (root/'fastai_heatmaps').rglob('*.py') if re.search(r"\btask *(==|!=|in\b)", f.read_text('utf-8'))]
+    assert not files
+
+
 @pytest.mark.parametrize('module,source,rule', [
     ('core.hooks', 'from ..methods.cam import gradcam', 'core imports only core'),
     ('core.hooks', 'from .. import methods', 'core imports only core'),

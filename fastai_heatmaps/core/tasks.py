@@ -94,6 +94,8 @@ def enter_task(cls):
 class Task:
     "One class of several, and what the other tasks have in common with it"
     name = 'class'
+    one_class = True # is one class predicted for each image?
+    ranked = True # does a larger number make a class more likely?
 
     def fits(self, pred, targs, vocab, loss_func, score):
         "Is it this task, as far as can be told from a batch?"
@@ -127,7 +129,7 @@ class Task:
 
     def predicted(self, p):
         "Give the one class that is predicted, or None"
-        return int(p.argmax()) if p.isfinite().all() else None
+        return int(p.argmax()) if self.one_class and p.isfinite().all() else None
 
     def right(self, p, t, c, shown, thresh):
         "Is what the model says right, in a title of class `c` beside those of the classes `shown`? None where it is not judged there"
@@ -147,6 +149,7 @@ def _is_loss(loss_func, kinds): # fastai keeps PyTorch's loss in `func`
 class Classes(Task):
     "Any number of classes at once"
     name = 'classes'
+    one_class = False
 
     def fits(self, pred, targs, vocab, loss_func, score):
         if not vocab: return False
@@ -155,7 +158,6 @@ class Classes(Task):
 
     def targs(self, targs): return targs if targs.ndim==2 else None
     def truth(self, t, name): return ', '.join(name(c) for c in t.nonzero().flatten().tolist()) or 'none'
-    def predicted(self, p): return None
     def right(self, p, t, c, shown, thresh): return bool(p[c]>thresh)==bool(t[c])
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000012
@@ -163,6 +165,7 @@ class Classes(Task):
 class Numbers(Task):
     "The numbers of a regression, or the coordinates of points"
     name = 'numbers'
+    one_class = ranked = False
 
     def fits(self, pred, targs, vocab, loss_func, score):
         return _is_loss(loss_func, _distances) or vocab is None and targs is not None and targs.is_floating_point()
@@ -171,7 +174,6 @@ class Numbers(Task):
     def says(self, name, p, c): return f'{name}: {p[c]:.3g}'
     def truth(self, t, name): return ', '.join(f'{float(o):.3g}' for o in t.reshape(-1)[:4]) + (' ...' if t.numel()>4 else '')
     def truth_of(self, t, c, name): return f'{float(t.reshape(-1)[c]):.3g}'
-    def predicted(self, p): return None
     def right(self, p, t, c, shown, thresh): return None
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000013
@@ -179,6 +181,7 @@ class Numbers(Task):
 class Pixels(Numbers):
     "A class for each pixel"
     name = 'pixels'
+    ranked = True
 
     def fits(self, pred, targs, vocab, loss_func, score): return is_dense(pred) and score is None
 

@@ -9,6 +9,7 @@ __all__ = ['Passes']
 from fastai.vision.all import *
 from ..core.no_trace import keep_random, unwrap
 from ..core.layers import recorded_shapes, map_shapes, find_layers, layer_names
+from ..core.tasks import tasks
 from ..core.method import heatmap_methods, get_method
 from ..data.images import to_images
 from ..data.heatmaps import Heatmaps
@@ -109,7 +110,7 @@ def _png(hm, img, alpha): # the first map over `img`, as a picture
 # %% ../../nbs/45_views.explore.ipynb #ex000008
 def _class_menu(hm): # the likeliest first; numbers stay in their order
     p = hm.preds[0]
-    order = range(len(p)) if hm.task=='numbers' else p.argsort(descending=True).tolist()
+    order = p.argsort(descending=True).tolist() if tasks[hm.task].ranked else range(len(p))
     return [(f'{hm.name(c)}  {p[c]:.2f}', c) for c in order]
 
 def _method_menu(method): # all that are known, and the user's own function

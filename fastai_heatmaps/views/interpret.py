@@ -9,7 +9,7 @@ __all__ = []
 from fastai.vision.all import *
 from ..core.no_trace import keep_random
 from ..core.targets import class_index
-from ..core.tasks import own_loss, activation
+from ..core.tasks import tasks, own_loss, activation
 from ..data.images import to_images
 from ..data.draw import lay_map, wrap_title, closed_on_error
 from ..data.heatmaps import Heatmaps
@@ -113,7 +113,7 @@ def _plot_with_heatmaps(interp, k, largest=True,
 ):
     hm = interp.top_losses_heatmaps(k, largest, cls, **kwargs)
     (n,c),scales = hm.cls.shape,hm.scales(cmap, same_scale)
-    named = hm.task=='class' and isinstance(cls, str) and cls in ('pred', 'targ', 'both') # by fastai's title
+    named = tasks[hm.task].one_class and isinstance(cls, str) and cls in ('pred', 'targ', 'both') # by fastai's title
     fig,photos = _fastai_picture(interp, k, largest, n, nrows=nrows, ncols=ncols, figsize=figsize)
     with closed_on_error(fig):
         if c>1 and figsize is None: fig.set_figwidth(fig.get_figwidth()*c)
