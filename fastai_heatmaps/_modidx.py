@@ -238,6 +238,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes._check_batch': ( 'core.passes.html#_check_batch',
                                                                                            'fastai_heatmaps/core/passes.py'),
+                                             'fastai_heatmaps.core.passes.check_bs': ( 'core.passes.html#check_bs',
+                                                                                       'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.check_hook': ( 'core.passes.html#check_hook',
                                                                                          'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.clear_errors': ( 'core.passes.html#clear_errors',

@@ -158,3 +158,13 @@ def test_join_puts_together_what_was_taken_apart():
     ragged = Heatmaps.join([hm[:1], hm[1:].replace(maps=torch.rand(2, 1, 3, 3))])
     assert [tuple(m.shape) for m in ragged.maps]==[(1,2,2), (1,3,3), (1,3,3)]
     assert Heatmaps.join([hm[:1], hm[1:].replace(targs=None)]).targs is None
+
+
+def test_a_wrong_batch_size_is_refused_before_the_model_runs(pics):
+    model,runs = v1_model(),[]
+    model.register_forward_pre_hook(lambda *args: runs.append(1))
+    learn = pic_learner(pics)
+    learn.model.register_forward_pre_hook(lambda *args: runs.append(1))
+    for f in (partial(model_heatmaps, model, torch.randn(1, 3, 64, 64)), learn.get_heatmaps):
+        with pytest.raises(ValueError, match='^bs is 0; expected at least 1$'): f(bs=0)
+    assert not runs
