@@ -121,7 +121,6 @@ class Pass:
         keep:bool=False # Keep the graph, to be asked again?
     ):
         store_attr()
-        check_bs(bs)
         for h in hooks: check_hook(h, model, *xb)
         self.x,self.grads = xb[0].detach().as_subclass(Tensor),{} # (a hook, the classes) -> gradients
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache

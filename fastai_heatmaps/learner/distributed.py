@@ -76,8 +76,7 @@ def join_heatmaps(
     if dl is None and len({id(getattr(p.dl, 'dataset', None)) for p in parts})>1:
         raise ValueError("these heatmaps are of several datasets: make them from one, or pass dl and idxs")
     images = Images.join([p.images for p in parts])
-    if dl is not None: images = Images(dl, images.idxs)
-    if idxs is not None: images = Images(images.dl, idxs)
+    if dl is not None or idxs is not None: images = Images(ifnone(dl, images.dl), ifnone(idxs, images.idxs))
     return Heatmaps.join(parts, images)
 
 # %% ../../nbs/33_learner.distributed.ipynb #7e9991af

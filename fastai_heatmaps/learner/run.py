@@ -10,7 +10,7 @@ from fastai.vision.all import *
 from ..core.no_trace import quiet, unwrap
 from ..core.layers import find_layers
 from ..core.tasks import is_dense
-from ..core.passes import Pass, clear_errors
+from ..core.passes import Pass, check_bs, clear_errors
 from ..data.images import Images, OpenImage, image_dl, input_list
 from contextlib import ExitStack
 from copy import copy
@@ -145,6 +145,7 @@ def run_passes(
     keep:bool=False # Keep each pass's graph, to be asked again?
 ):
     "Run `learn` on `images` inside `get_preds`, and hand the `Pass` of each batch to `use`"
+    check_bs(bs)
     is_single = len(images.dl)==1
     bar = shows_bars(learn) and is_single
     if is_single: learn.remove_cb(ProgressCallback)
