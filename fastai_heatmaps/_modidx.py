@@ -210,6 +210,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace._is_at_work': ( 'core.no_trace.html#_is_at_work',
                                                                                               'fastai_heatmaps/core/no_trace.py'),
+                                               'fastai_heatmaps.core.no_trace._unlock': ( 'core.no_trace.html#_unlock',
+                                                                                          'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace.as_written': ( 'core.no_trace.html#as_written',
                                                                                              'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace.drop_graphs': ( 'core.no_trace.html#drop_graphs',

@@ -11,7 +11,7 @@ from fastai.basics import *
 from fastai.callback.hook import Hook
 from functools import wraps
 from torch.overrides import TorchFunctionMode
-import sys,sysconfig,threading
+import sys,sysconfig,threading,traceback
 
 # %% ../../nbs/00_core.no_trace.ipynb #b62420ec
 _local = threading.local() # its `undo`: what the call under way on this thread has still to put back
@@ -41,12 +41,14 @@ class FunctionMode(TorchFunctionMode):
 # %% ../../nbs/00_core.no_trace.ipynb #nt000012
 def thread_modes():
     "Note torch's modes on this thread: autograd, autocast, function modes; give a function that puts them back"
-    grad,n,kinds = torch.is_grad_enabled(),len(_modes()),('cpu', 'cuda', 'mps')
+    grad,modes,kinds = torch.is_grad_enabled(),_modes(),('cpu', 'cuda', 'mps')
     casts = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
     depth,_ = torch.autocast_increment_nesting()-1,torch.autocast_decrement_nesting() # of autocast contexts
     def restore():
         torch.set_grad_enabled(grad)
-        for mode in _modes()[n:][::-1]: TorchFunctionMode.__exit__(mode, None, None, None)
+        if _modes()!=modes:
+            for o in _modes(): TorchFunctionMode.__exit__(o, None, None, None)
+            for o in modes: TorchFunctionMode.__enter__(o)
         for k,on,dtype in casts:
             torch.set_autocast_enabled(k, on)
             torch.set_autocast_dtype(k, dtype)
@@ -55,6 +57,14 @@ def thread_modes():
             torch.clear_autocast_cache()
             while torch.autocast_decrement_nesting()>depth: pass
     return restore
+
+# %% ../../nbs/00_core.no_trace.ipynb #nt000020
+_lock = threading.RLock() # on what threads share
+
+def _unlock(): # if an interrupt kept this thread from doing so
+    try:
+        while True: _lock.release()
+    except RuntimeError: pass # it is not ours, or no more
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000014
 _installed = tuple({os.path.realpath(sysconfig.get_path(o)) for o in ('stdlib', 'purelib', 'platlib')})
@@ -98,6 +108,7 @@ def no_trace(
                 undo[-1]()
                 undo.pop()
             for o in restore: o()
+            _unlock()
             _local.undo = None
         try:
             try:
@@ -105,7 +116,8 @@ def no_trace(
                 res = f(*args, **kwargs)
                 put_back()
                 return res
-            except BaseException:
+            except BaseException as e:
+                if not isinstance(e, Exception): traceback.clear_frames(e.__traceback__) # ends contexts that only it keeps alive
                 put_back()
                 close()
                 raise
@@ -116,7 +128,7 @@ def no_trace(
     return _inner
 
 # %% ../../nbs/00_core.no_trace.ipynb #0cecd4b5
-_in_eval,_lock = {},threading.Lock() # module -> (its flag before the first of the runs that have it in eval mode, these runs)
+_in_eval = {} # module -> (its flag before the first of the runs that have it in eval mode, these runs)
 
 # %% ../../nbs/00_core.no_trace.ipynb #a2ab10bf
 @contextmanager
