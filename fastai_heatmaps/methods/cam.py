@@ -76,8 +76,10 @@ def eigencam(
     acts:Tensor # Activations (n, C, h, w)
 ) -> Tensor: # (n, h, w)
     "`O v_1`, `O` the cells × channels matrix and `v_1` its first right singular vector: Eigen-CAM (Muhammad and Yeasin 2020, arXiv 2008.00299)"
-    U,S,_ = torch.linalg.svd(acts.flatten(2).transpose(1,2), full_matrices=False)
-    res = (U[...,0] * S[:,:1]).view(len(acts), *acts.shape[2:])
+    O = acts.flatten(2).transpose(1,2)
+    finite = O.isfinite().all(2, keepdim=True).all(1, keepdim=True)
+    U,S,_ = torch.linalg.svd(torch.where(finite, O, 0), full_matrices=False) # which refuses others
+    res = torch.where(finite, U[...,:1]*S[:,None,:1], torch.nan).view(len(acts), *acts.shape[2:])
     return res * (res * acts.sum(1)).sum((1,2), keepdim=True).sign()
 
 # %% ../../nbs/11_methods.cam.ipynb #a7424227
@@ -87,7 +89,10 @@ def eigengradcam(
     grads:Tensor # `∂y/∂A`, of the same shape
 ) -> Tensor: # (n, h, w)
     "`O v_1` as in Eigen-CAM, of `g ⊙ A` instead of `A`: EigenGrad-CAM (Gildenblat et al. 2021, pytorch-grad-cam)"
-    return eigencam(grads*acts)
+    evidence = grads*acts
+    res = eigencam(evidence)
+    against = (res.amax((1,2))<=0) & (evidence.sum((1,2,3))>0)
+    return torch.where(against[:,None,None], -res, res)
 
 # %% ../../nbs/11_methods.cam.ipynb #cm000007
 def _gradients_at(probe, acts): # the gradients (k, n, C, h, w) of each class explained, were the activations `acts`

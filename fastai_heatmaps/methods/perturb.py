@@ -133,7 +133,7 @@ def scorecam(
 def ablationcam(
     probe:Probe # Of a layer with `C` channels
 ) -> Tensor: # (n, k, h, w)
-    "`Σ_k w_k A_k` with `w_k = (y - y_k)/y`, `y_k` the score without channel `k`: Ablation-CAM (Desai and Ramaswamy 2020, WACV)"
+    "`Σ_k w_k A_k` with `w_k = (y - y_k)/|y|`, `y_k` the score without channel `k`: Ablation-CAM (Desai and Ramaswamy 2020, WACV)"
     acts,y = probe.acts,probe.y
     without = torch.zeros(*y.shape, acts.shape[1], device=acts.device)
     for i,s in rounds(probe, acts.shape[1]):
@@ -141,5 +141,5 @@ def ablationcam(
         for o,channel in zip(off, range(s.start, s.stop)): o[channel] = 0
         with torch.no_grad(): scores = from_layer(probe, with_map(probe, off, i), i)
         without[i,:,s] = probe.picked(scores, i).T
-    weights = (y[...,None]-without) / torch.where(y==0, torch.inf, y)[...,None]
+    weights = (y[...,None]-without) / torch.where(y==0, torch.inf, y.abs())[...,None]
     return torch.einsum('nkc,nchw->nkhw', weights, acts)
