@@ -96,6 +96,7 @@ class Task:
     name = 'class'
     one_class = True # is one class predicted for each image?
     ranked = True # does a larger number make a class more likely?
+    signed = False # does evidence against it mean as much as evidence for it, so that maps keep both?
 
     def fits(self, pred, targs, vocab, loss_func, score):
         "Is it this task, as far as can be told from a batch?"
@@ -166,6 +167,7 @@ class Numbers(Task):
     "The numbers of a regression, or the coordinates of points"
     name = 'numbers'
     one_class = ranked = False
+    signed = True
 
     def fits(self, pred, targs, vocab, loss_func, score):
         return _is_loss(loss_func, _distances) or vocab is None and targs is not None and targs.is_floating_point()
@@ -181,7 +183,7 @@ class Numbers(Task):
 class Pixels(Numbers):
     "A class for each pixel"
     name = 'pixels'
-    ranked = True
+    ranked,signed = True,False
 
     def fits(self, pred, targs, vocab, loss_func, score): return is_dense(pred) and score is None
 
