@@ -46,7 +46,7 @@ def test_ablationcam_of_the_demo_goes_along_with_gradcam(demo):
     x,cls = demo.dls.test_dl([demo_image('cat')]).one_batch()[0].as_subclass(Tensor),list(range(0, 1000, 25))
     (cams,y),(maps,_) = [model_heatmaps(demo.model, x, cls=cls, method=o, relu=False) for o in ('gradcam', 'ablationcam')]
     r,y = correlation(maps[0], cams[0]),y[0,cls]
-    assert (y<0).sum()>15 and (y>0).sum()>15
+    assert (y<0).sum()>10 and (y>0).sum()>10
     assert r[y<0].min()>.3 and r[y>0].min()>.3
 
 
@@ -115,7 +115,7 @@ def test_a_negative_number_shows_its_evidence(pics):
 
 def test_which_tasks_are_signed(learn):
     assert {n: t.signed for n,t in tasks.items()}==dict(numbers=True, pixels=False, classes=False) | {'class': False}
-    assert (learn.get_heatmaps().maps>=0).all() and (learn.get_heatmaps(relu=False).maps<0).any()
+    assert (learn.get_heatmaps(cls=[0,1]).maps>=0).all() and (learn.get_heatmaps(cls=[0,1], relu=False).maps<0).any()
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
@@ -149,9 +149,9 @@ class Words(nn.Module):
 
 
 def word_learner():
-    from fastai.text.all import TextDataLoaders
-    df = pd.DataFrame(dict(text=['good film '*3, 'bad film '*3]*6, label=['p','n']*6))
-    return Learner(TextDataLoaders.from_df(df, text_col='text', label_col='label', bs=4, device='cpu'), Words(), loss_func=CrossEntropyLossFlat()),df
+    df = pd.DataFrame(dict(text=['good film', 'bad film']*6))
+    block = DataBlock((TransformBlock(type_tfms=lambda o: tensor([len(w) for w in o.split()])), CategoryBlock), get_x=ColReader('text'), get_y=ColReader('text'))
+    return Learner(block.dataloaders(df, bs=4, num_workers=0, device='cpu'), Words(), loss_func=CrossEntropyLossFlat()),df
 
 
 def error(f):
@@ -186,3 +186,139 @@ def test_a_method_of_ones_own_may_take_vectors():
     net,x = nn.Linear(12, 3),torch.rand(2, 12)
     maps,_ = model_heatmaps(net, x, cls=1, method=as_picture, relu=False)
     torch.testing.assert_close(maps[:,0], (x*net.weight[1]).view(2, 3, 4).detach())
+
+
+# ---- made under `inference_mode`
+
+def small_net(method):
+    if method=='legrad': return net_for(method),64
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))),16
+
+
+@pytest.mark.parametrize('method', list(heatmap_methods))
+def test_inputs_made_under_inference_mode(method):
+    "The same maps as for a copy; the inputs stay as they are"
+    (net,size),options = small_net(method),{**quick, 'occlusion':{}}.get(method, {})
+    with torch.inference_mode(): x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    got,want = [model_heatmaps(net, o, cls=[2,0], method=method, relu=False, **options)[0] for o in (x, x.clone())]
+    assert want.any() and x.is_inference()
+    torch.testing.assert_close(got, want)
+    with torch.inference_mode(): torch.testing.assert_close(model_heatmaps(net, x, cls=[2,0], method=method, relu=False, **options)[0], want)
+
+
+class Cached(Callback):
+    "Gives the model what it kept under `inference_mode`, as a cache of features would"
+    def before_batch(self):
+        with torch.inference_mode(): self.learn.xb,self.learn.yb = [tuple(o.clone() for o in b) for b in (self.xb, self.yb)]
+
+
+@pytest.mark.parametrize('method', ['gradcam', 'saliency', 'guided_gradcam', 'smoothgrad', 'integrated_gradients', 'ablationcam', 'smooth_gradcam++'])
+def test_a_learner_whose_batches_were_made_under_inference_mode(pics, method):
+    learn = pic_learner(pics, size=32)
+    learn.model = nn.Sequential(small_net(method)[0][0], nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+    ask = dict(cls='targ', method=method, relu=False, **quick.get(method, {}))
+    want = learn.get_heatmaps(**ask).maps
+    learn.add_cb(Cached())
+    assert want.any()
+    torch.testing.assert_close(learn.get_heatmaps(**ask).maps, want)
+    with torch.inference_mode(): torch.testing.assert_close(learn.get_heatmaps(**ask).maps, want)
+
+
+def test_scores_and_fillings_made_under_inference_mode():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    x,m,colour = torch.rand(1, 3, 16, 16),torch.ones(16, 16),torch.rand(3, 1, 1)
+    def maps(score, colour): return [model_heatmaps(net, x, cls=1, method=o, score=score, relu=False, **opts)[0] for o,opts in
+                                     (('gradcam', {}), ('saliency', {}), ('integrated_gradients', dict(steps=3, baseline=colour)), ('occlusion', dict(fill=colour)))]
+    with torch.inference_mode(): score,same = in_mask(m),colour.clone()
+    for a,b in zip(maps(score, same), maps(in_mask(m), colour)): torch.testing.assert_close(a, b)
+
+
+# ---- progress bars
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+def printed(f, to):
+    with contextlib.redirect_stdout(to): f()
+    return to.getvalue()
+
+
+def test_bars_only_where_a_person_looks(monkeypatch):
+    monkeypatch.delenv('PYCHARM_HOSTED', raising=False)
+    net,x = small_net('rise')[0],torch.rand(3, 3, 16, 16)
+    def run(**kwargs): return lambda: model_heatmaps(net, x, method='rise', n=40, **kwargs)
+    assert printed(run(), io.StringIO())=='' and printed(run(), Terminal())!=''
+    assert printed(run(bar=False), Terminal())=='' and printed(run(bar=True), io.StringIO())!=''
+    monkeypatch.setattr(passes, 'IN_NOTEBOOK', True)
+    assert printed(run(), io.StringIO())!=''
+    monkeypatch.undo()
+    closed = io.StringIO()
+    closed.close()
+    for out in (None, object(), closed):
+        monkeypatch.setattr(sys, 'stdout', out)
+        assert not passes.person_looks()
+
+
+def test_bars_of_a_learner(pics):
+    learn = pic_learner(pics, size=32, bs=8)
+    learn.model = nn.Sequential(small_net('rise')[0][0], nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+    def run(): learn.get_heatmaps(method='rise', n=40)
+    assert printed(run, io.StringIO())=='' and printed(run, Terminal())!=''
+    with learn.no_bar(): assert printed(run, Terminal())==''
+
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_one_bar_for_integrated_gradients(n):
+    "For the images, or for the points of the only one"
+    net,x = summing(0.),torch.rand(n, 1, 3, 3)
+    assert printed(lambda: model_heatmaps(net, x, method='integrated_gradients'), Terminal()).count('100.00%')==1
+
+
+# ---- integrated gradients across kinks
+
+class Kink(nn.Module):
+    "The sum of the pixels, above `at` only; beside it the sum of their squares"
+    def __init__(self, at): super().__init__(); self.at,self.seen = at,0
+    def forward(self, x):
+        if torch.is_grad_enabled(): self.seen += len(x)
+        return torch.stack([F.relu(x.sum((1,2,3))-self.at), x.pow(2).sum((1,2,3))], 1)
+
+
+@pytest.mark.parametrize('at', [.33, .57, .93])
+def test_integrated_gradients_across_a_kink_by_hand(at):
+    "A pixel's part is its value times the part of the way that lies above the kink. 50 points are 1 to 20 % off"
+    x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    x /= x.sum((1,2,3), keepdim=True)
+    net = Kink(at)
+    got = model_heatmaps(net, x, cls=[0,1], method='integrated_gradients', relu=False)[0]
+    torch.testing.assert_close(got[:,0], ((1-at)*x[:,0]).float(), rtol=.011, atol=0)
+    torch.testing.assert_close(got[:,1], (x[:,0]**2).float(), rtol=1e-3, atol=1e-6)
+    assert (150 if at==.93 else 100)<=net.seen<=2*400
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        net.seen = 0
+        fixed = model_heatmaps(net, x, cls=[0,1], method='integrated_gradients', relu=False, steps=50)[0]
+    assert net.seen==2*50 and (fixed[:,0].sum((1,2))/(1-at)-1).abs().max()>.01
+
+
+def test_points_of_integrated_gradients(learn):
+    "A smooth way takes 50, and one that is too rough for 400 says so"
+    net,x = Kink(-1.),torch.rand(1, 1, 4, 4)
+    model_heatmaps(net, x, cls=0, method='integrated_gradients')
+    assert net.seen==50
+    class Rough(nn.Module):
+        seen = 0
+        def forward(self, x):
+            if torch.is_grad_enabled(): self.seen += len(x)
+            return torch.sin(3000*x).sum((1,2,3))[:,None]
+    net = Rough()
+    with pytest.warns(UserWarning, match='take more than 3[0-9]0|take more than 400'): model_heatmaps(net, torch.full((1, 1, 2, 2), .9), cls=0, method='integrated_gradients')
+    assert 300<net.seen<=400
+
+
+def test_refined_integrated_gradients_in_chunks_of_any_size():
+    net,x = Kink(.7),torch.rand(2, 1, 4, 4)/8
+    want = model_heatmaps(net, x, cls=[0,1], method='integrated_gradients', relu=False)[0]
+    for bs in (1, 12, 1000): torch.testing.assert_close(model_heatmaps(net, x, cls=[0,1], method='integrated_gradients', relu=False, bs=bs)[0], want)

@@ -115,7 +115,8 @@ def evidence_for(
 # %% ../../nbs/06_core.passes.ipynb #ps000028
 def person_looks() -> bool:
     "Ask whether what is printed goes where a person looks: into a notebook, a terminal, or PyCharm's console"
-    in_terminal = hasattr(sys.stdout, 'isatty') and not sys.stdout.closed and sys.stdout.isatty()
+    out = sys.stdout
+    in_terminal = hasattr(out, 'isatty') and not getattr(out, 'closed', False) and out.isatty()
     return IN_NOTEBOOK or in_terminal or 'PYCHARM_HOSTED' in os.environ
 
 # %% ../../nbs/06_core.passes.ipynb #561e33aa

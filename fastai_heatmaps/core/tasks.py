@@ -49,7 +49,7 @@ def in_mask(
     mask # (H, W): True or 1 for the pixels of the model's output that count
 ) -> callable: # To be passed as `score`
     "Make a `score` for segmentation: each class's logits, averaged over the pixels of `mask`"
-    mask = torch.as_tensor(np.asarray(mask)).float()
+    with torch.inference_mode(False): mask = torch.as_tensor(np.asarray(mask)).float() # autograd is to know it
     if mask.ndim!=2 or not mask.any():
         raise ValueError(f"the mask is {tuple(mask.shape)}, with {int(mask.count_nonzero())} pixels that count; "
                          "expected (H, W) with at least one")
