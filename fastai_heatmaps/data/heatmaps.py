@@ -91,7 +91,7 @@ def of(cls:Heatmaps,
     ran, # A `Pass`
     method, # A `Method`
     idxs:Tensor, # (n, k): the classes to explain
-    relu:bool=True, # Keep evidence for the class only?
+    relu:bool=None, # Keep evidence for the class only? None = yes for classes, no for numbers
     images:Images=None, # Those of this batch
     dtype=torch.float32 # Of the maps
 ) -> Heatmaps: # On the CPU
@@ -130,6 +130,7 @@ def notes(self:Heatmaps, i, j=0):
     "List what has to be said of a map besides its class: that it is empty, and what the method reports"
     m,notes = self.maps[i][j],[]
     if not m.isfinite().all(): notes.append('(no map: its values are not finite)')
+    elif m.signbit().any() and not m.any(): notes.append('(no evidence for it: relu=False shows that against it)')
     elif not m.any(): notes.append('(no evidence: the map is flat)')
     return notes + [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()]
 

@@ -54,7 +54,9 @@ def image_class(
     dls:DataLoaders # A Learner's, even of one that was exported
 ) -> type:
     "Find the class that images are opened as"
+    no_images = ValueError("the DataLoaders of this Learner take no images: heatmaps are for image models")
     tl = input_list(getattr(dls, 'valid_ds', None))
+    if hasattr(tl, 'cont_names'): raise no_images # a table
     if not isinstance(tl, TfmdLists):
         raise ValueError("the DataLoaders of this Learner cannot take new items: use model_heatmaps, or build them with a DataBlock")
     n = getattr(dls, 'n_inp', 1)
@@ -62,7 +64,7 @@ def image_class(
         raise ValueError(f"this Learner takes {n} inputs, not one image: "
                          "pass a DataLoader of items as it knows them, dl=learn.dls.test_dl(items)")
     types = [t for o in tl.types or [] for t in listify(o) if isinstance(t, type) and issubclass(t, (PILBase, TensorImageBase))]
-    if not types: raise ValueError("the DataLoaders of this Learner take no images: heatmaps are for image models")
+    if not types: raise no_images
     return types[0]
 
 # %% ../../nbs/20_data.images.ipynb #im000042

@@ -86,7 +86,7 @@ def compare_heatmaps(self:Learner,
     cls=None, # None = the `topk` predicted; a class by name or index; a list of classes: one column each; 'targ' = the image's own label
     method=None, # A method, or a list of them: one row each; None = 'gradcam' if `layer` is a list, and else four of the CAM family
     layer=None, # As in `get_heatmaps`, for the methods that look at one; or a list: one row each
-    relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
+    relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     alpha=0.6, # Opacity of the map: 0 to 1
     cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values
     interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
@@ -207,7 +207,7 @@ def compare_learners(
     cls=None, # None = what each model predicts; a class; a list of classes: a column for each; 'targ' = each image's own label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`; None = the body of each, or its last layer with a map
-    relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
+    relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     difference:bool=False, # Add a third row to two models of the same classes, second minus first: red is more in the second, blue in the first
     alpha=0.6, # Opacity of the map: 0 to 1
     cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values; not of the difference
