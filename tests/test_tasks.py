@@ -308,7 +308,7 @@ def test_ablation_in_a_segmentation(seg):
             o[:,k] = 0
             return o
         h = layer.register_forward_hook(without, prepend=True)
-        for k in range(64): drops.append(1-seg.model(x).as_subclass(Tensor)[0,1][on].mean()/out[1][on].mean())
+        for k in range(64): drops.append((out[1][on].mean()-seg.model(x).as_subclass(Tensor)[0,1][on].mean())/out[1][on].mean().abs())
         h.remove()
     got = model_heatmaps(seg.model, x, cls=1, layer='layers.0.2', method='ablationcam', relu=False, bs=8)[0]
     same(got[0,0], (torch.stack(drops)[:,None,None]*acts[0]).sum(0))

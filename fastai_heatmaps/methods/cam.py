@@ -78,7 +78,7 @@ def patterns(
     O = o.flatten(2).transpose(1,2)
     finite = O.isfinite().all(2, keepdim=True).all(1, keepdim=True)
     U,S,V = torch.linalg.svd(torch.where(finite, O, 0), full_matrices=False)
-    maps = U*(S*V.sum(2).sign())[:,None]
+    maps = U*torch.where(V.sum(2)<0, -S, S)[:,None]
     return torch.where(finite, maps, torch.nan).transpose(1,2).unflatten(2, o.shape[2:])
 
 # %% ../../nbs/11_methods.cam.ipynb #f49abe9d

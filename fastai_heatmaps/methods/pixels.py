@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['saliency', 'gradient_x_input', 'relu_rule', 'guided_backprop', 'deconvnet', 'guided_gradcam', 'smoothgrad',
-           'quadrature', 'completeness', 'on_the_way', 'part_maps', 'integral', 'integrated_gradients']
+           'quadrature', 'completeness', 'on_the_way', 'part_maps', 'way_parts', 'refined', 'integral',
+           'integrated_gradients']
 
 # %% ../../nbs/12_methods.pixels.ipynb #1461f717
 from fastai.basics import *
@@ -186,34 +187,60 @@ def part_maps(
     return res
 
 # %% ../../nbs/12_methods.pixels.ipynb #px000016
+def way_parts(
+    probe:Probe, # Which classes
+    i:int, # Of which image
+    b:Tensor, # The baseline (C, H, W)
+    ends:list, # `(start, stop)` of parts of the way
+    points:int, # In each part
+    y:dict # A place on the way -> its scores (k,); those of `ends` are entered
+) -> list: # `(start, stop, map, off)` of each part: its map (k, H, W), and what its sum is off by (k,)
+    "Integrate the gradients over parts of the way from `b` to image `i`"
+    new = sorted({o for e in ends for o in e}-set(y))
+    for _,s in rounds(probe, len(new), only=i): y.update(zip(new[s], ask(probe, on_the_way(probe.x[i].float(), b, new[s]), i)))
+    maps = part_maps(probe, i, b, ends, points).unbind(1)
+    return [(start, stop, m, m.sum((1,2)) - (y[stop]-y[start])) for (start,stop),m in zip(ends, maps)]
+
+# %% ../../nbs/12_methods.pixels.ipynb #px000017
+def refined(
+    probe:Probe, # Which class: one
+    i:int, # Of which image
+    b:Tensor, # The baseline (C, H, W)
+    parts:list, # As from `way_parts`
+    points:int, # In each part
+    y:dict, # As for `way_parts`
+    most:int=400 # How many points may be taken, those of `parts` included
+) -> tuple: # Parts, as from `way_parts`; how many points were taken
+    "Halve those of `parts` that are furthest off, until the sum of all is within 1 % of the difference of the scores"
+    parts,taken = list(parts),points*len(parts)
+    allowed = .01*(y[1]-y[0]).abs() + 1e-4*torch.maximum(y[0].abs(), y[1].abs())
+    while sum(off for *_,off in parts).abs()>allowed:
+        n = min(len(parts)//4, (most-taken)//(2*points))
+        if not n: break
+        parts.sort(key=lambda part: -part[3].abs())
+        ends = [e for start,stop,*_ in parts[:n] for e in ((start,(start+stop)/2), ((start+stop)/2,stop))]
+        parts[:n] = way_parts(probe, i, b, ends, points, y)
+        taken += points*len(ends)
+    return parts,taken
+
+# %% ../../nbs/12_methods.pixels.ipynb #px000018
 def integral(
     probe:Probe, # Which classes
     i:int, # Of which image
     b:Tensor, # The baseline (C, H, W)
-    steps:int=None, # How many points; None = as many as it takes
-    most:int=400 # How many it may take
+    steps:int=None # How many points; None = as many as each class takes
 ) -> tuple: # The map (k, H, W), the scores (k,) of the baseline, how many points were taken
     "Integrate the gradients over the way from `b` to image `i`"
-    x,taken = probe.x[i].float(),0
-    n,points = (10,5) if steps is None else (1,steps)
-    y,parts = {},[] # a place on the way -> its scores (k,); (start, stop, map, what its sum is off by) of each part
-    def add(ends):
-        nonlocal taken
-        new = sorted({o for e in ends for o in e}-set(y))
-        for _,s in rounds(probe, len(new), only=i): y.update(zip(new[s], ask(probe, on_the_way(x, b, new[s]), i)))
-        for (start,stop),m in zip(ends, part_maps(probe, i, b, ends, points).unbind(1)):
-            parts.append((start, stop, m, m.sum((1,2)) - (y[stop]-y[start])))
-        taken += points*len(ends)
-    add([(j/n,(j+1)/n) for j in range(n)])
-    allowed = .01*(y[1]-y[0]).abs() + 1e-4*torch.maximum(y[0].abs(), y[1].abs())
-    while steps is None and (sum(off for *_,off in parts).abs()>allowed).any():
-        halved = min(len(parts)//4, (most-taken)//(2*points))
-        if not halved: break
-        parts.sort(key=lambda part: -float((part[3].abs()/allowed).max()))
-        ends = [e for start,stop,*_ in parts[:halved] for e in ((start,(start+stop)/2), ((start+stop)/2,stop))]
-        del parts[:halved]
-        add(ends)
-    return sum(m for _,_,m,_ in parts),y[0],taken
+    n,points,y = (10,5,{}) if steps is None else (1,steps,{})
+    parts = way_parts(probe, i, b, [(j/n,(j+1)/n) for j in range(n)], points, y)
+    if steps is not None: return parts[0][2],y[0],steps
+    maps,taken = [],[]
+    for j in range(probe.idxs.shape[1]):
+        mine = [(start, stop, m[[j]], off[[j]]) for start,stop,m,off in parts]
+        mine,t = refined(Probe(probe.ran, probe.idxs[:,[j]]), i, b, mine, points, {at:o[[j]] for at,o in y.items()})
+        maps.append(sum(m for _,_,m,_ in mine))
+        taken.append(t)
+    return torch.cat(maps),y[0],max(taken)
 
 # %% ../../nbs/12_methods.pixels.ipynb #53e7c70f
 @heatmap_method('integrated_gradients', needs='model', cost='50 to 400 forward and backward')
