@@ -7,7 +7,7 @@ __all__ = ['Probe', 'fuse', 'check_hook', 'check_bs', 'clear_errors', 'Pass', 'm
 
 # %% ../../nbs/06_core.passes.ipynb #ps000003
 from fastai.basics import *
-from .no_trace import quiet, unwrap
+from .no_trace import quiet, unwrap, restoring, thread_modes, no_trace
 from .hooks import InputHook, gradients
 from .layers import as_map, no_map, layer_names
 from .targets import class_indices, is_targ
@@ -161,7 +161,9 @@ class Pass:
     @contextmanager
     def again(self):
         "Put the model into the state in which it ran"
-        with quiet(self.model), clear_errors(), self.autocast(): yield
+        with quiet(self.model), clear_errors(), restoring(thread_modes()):
+            self.autocast().__enter__()
+            yield
 
 # %% ../../nbs/06_core.passes.ipynb #ps000009
 def _check_batch(xb): # what `model_heatmaps` was given
@@ -172,6 +174,7 @@ def _check_batch(xb): # what `model_heatmaps` was given
     if not len(x): raise ValueError("the batch is empty: pass at least one image")
 
 # %% ../../nbs/06_core.passes.ipynb #3a2c523b
+@no_trace
 def model_heatmaps(
     model:nn.Module, # Any image model
     xb:Tensor, # The images as the model takes them: (n, C, H, W), or a tuple of several inputs

@@ -7,7 +7,7 @@ __all__ = ['explain_images', 'write_heatmaps', 'is_own', 'plan_heatmaps']
 
 # %% ../../nbs/31_learner.core.ipynb #628c8026
 from fastai.vision.all import *
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace
 from ..core.layers import find_layers, layer_names
 from ..core.targets import class_indices, as_list, is_per_image, check_per_image, is_targ
 from ..core.method import get_method, heatmap_methods
@@ -119,7 +119,7 @@ def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=N
 
 # %% ../../nbs/31_learner.core.ipynb #cb2f0ba1
 @patch
-@keep_random()
+@no_trace
 def get_heatmaps(self:Learner,
     items=None, # An image or a list of them, each as for `open_image` or as `(image, label)`; None = the images of `dl` or `ds_idx`
     cls=None, # None = the `topk` predicted; a class or a list of them; a tensor with an index for each image, or k of them; 'targ' = its own label

@@ -7,7 +7,7 @@ __all__ = ['split_kwargs']
 
 # %% ../../nbs/32_learner.show.ipynb #sh000003
 from fastai.vision.all import *
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace
 from ..data.images import Images, as_items
 from ..data.heatmaps import Heatmaps
 from .run import shadow
@@ -26,6 +26,7 @@ def split_kwargs(
 # %% ../../nbs/32_learner.show.ipynb #3f0761dc
 @patch
 @delegates(Heatmaps.show, but='i', keep=True)
+@no_trace
 def show_heatmap(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the `topk` predicted; a class by name or index, or a list of them: one panel each; 'targ' = the label
@@ -101,7 +102,7 @@ def _choose(total, n, seed): # `n` places out of `total`, or all of them if ther
 # %% ../../nbs/32_learner.show.ipynb #dcf6e6f6
 @patch
 @delegates(Heatmaps.plot, keep=True)
-@keep_random()
+@no_trace
 def plot_heatmap_grid(self:Learner,
     items=None, # Images, as for `get_heatmaps`; None = the validation set
     n:int=8, # How many of them, chosen at random if there are more

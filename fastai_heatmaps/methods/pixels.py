@@ -8,12 +8,12 @@ __all__ = ['saliency', 'gradient_x_input', 'relu_rule', 'guided_backprop', 'deco
 
 # %% ../../nbs/12_methods.pixels.ipynb #1461f717
 from fastai.basics import *
+from ..core.no_trace import FunctionMode
 from ..core.method import heatmap_method
 from ..core.passes import Probe
 from .changed import filled, noisy, rounds, ask, input_gradients
 from .cam import gradcam
 from itertools import islice
-from torch.overrides import TorchFunctionMode
 
 # %% ../../nbs/12_methods.pixels.ipynb #8c40ab2d
 @heatmap_method('saliency', needs='input', cost='1 forward, 1 backward')
@@ -65,7 +65,7 @@ def _as_relu(func, args, kwargs): # the (input, top, inplace) of a call that is 
     return args['input'],top,bool(args.get('inplace')) or func.__name__.endswith('_')
 
 # %% ../../nbs/12_methods.pixels.ipynb #ef8ed7b4
-class relu_rule(TorchFunctionMode):
+class relu_rule(FunctionMode):
     "A context in which ReLUs let only positive gradients back, and with `guided` only where they were active"
     def __init__(self,
         guided:bool=True # Guided backpropagation? Otherwise deconvolution
