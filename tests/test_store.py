@@ -246,6 +246,23 @@ def test_what_is_not_ours_stays(files, tmp_path):
     assert own.items()<={p.name:p.read_text(errors='replace') for p in out.iterdir()}.items()
 
 
+def test_pictures_of_the_users_own_stay(learn, pics, tmp_path):
+    "`save(overwrite=True)` writes over what a table names, and over what an interrupted call has drawn, but over nothing else"
+    hm = learn.get_heatmaps(get_image_files(pics)[:2])
+    row,*_ = table(hm.save(tmp_path))
+    hm.save(tmp_path, overwrite=True)
+    (tmp_path/'manifest.csv').unlink() # as if it was interrupted
+    hm.save(tmp_path, overwrite=True)
+    for mine in (b'mine', get_image_files(pics)[0].read_bytes()):
+        (tmp_path/'manifest.csv').unlink()
+        (tmp_path/row['heatmap']).write_bytes(mine)
+        before = contents(tmp_path)
+        with pytest.raises(FileExistsError, match='is no picture that this package drew') as e: hm.save(tmp_path, overwrite=True)
+        assert contents(tmp_path)==before and '\n' not in str(e.value)
+        (tmp_path/row['heatmap']).unlink()
+        hm.save(tmp_path, overwrite=True)
+
+
 @pytest.fixture(scope='session')
 def model(pics, tmp_path_factory):
     "An exported Learner"

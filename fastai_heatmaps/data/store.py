@@ -99,7 +99,9 @@ class FolderTaken(FileExistsError, ValueError):
 def _is_run(run): # is this what `run_info` writes?
     n,part,places,names = [run[k] for k in ('n', 'part', 'places', 'names')]
     return (type(n)==type(part)==int and part>0 and type(places)==type(names)==list and len(places)==len(names)==n>0
-            and isinstance(run['vocab'], (list, type(None))) and all(type(o)==int and o>=0 for o in places) and all(isinstance(o, str) for o in names) and type(run['thresh']) in (int, float) and isinstance(run['items'], str) and isinstance(run['samples'], list))
+            and all(type(o)==int and o>=0 for o in places) and all(isinstance(o, str) for o in names)
+            and isinstance(run['vocab'], (list, type(None))) and type(run['thresh']) in (int, float)
+            and isinstance(run['items'], str) and isinstance(run['samples'], list))
 
 def read_run(
     folder:Path # Of the store

@@ -130,7 +130,7 @@ def get_heatmaps(self:Learner,
     ds_idx:int=1, # Without `items` and `dl`: 0 = the training set, with the validation transforms; 1 = the validation set
     dl=None, # A DataLoader of your own; one that changes images at random is not shown as the model saw it
     bs:int=None, # Batch size, also of changed images; None = that of the DataLoaders, and 64 changed images, or 16 on a CPU
-    out=None, # A folder to write the heatmaps into as they are made; a run that was interrupted goes on from there
+    out=None, # A folder to write the heatmaps into as they are made; the same run goes on from there, if a few images come out as they were
     dtype=torch.float32, # Of the maps; torch.float16 takes half the memory
     score=None, # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
     run:str=None, # A name for this run; needed with `out` where method or score is a function of your own
