@@ -222,6 +222,12 @@ def test_the_same_run_goes_on(kw, files, tmp_path):
         assert torch.equal(small(files, net=net).get_heatmaps(out=out, **kw).maps, first.maps)
 
 
+def test_maps_of_several_sizes_go_on(demo, tmp_path):
+    first = demo.get_heatmaps(out=tmp_path/'out')
+    assert len({m.shape for m in first.maps})>1
+    assert all(map(torch.equal, demo.get_heatmaps(out=tmp_path/'out').maps, first.maps))
+
+
 # What is not ours
 
 def test_what_is_not_ours_stays(files, tmp_path):

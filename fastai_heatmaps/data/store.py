@@ -26,41 +26,40 @@ def plain(
     if isinstance(o, bytes): return hashlib.blake2b(o, digest_size=16).hexdigest()
     if isinstance(o, Tensor): # NumPy does not know every type
         return [str(o.dtype), list(o.shape), plain(to_cpu(o.detach()).contiguous().view(-1).view(torch.uint8).numpy())]
-    if isinstance(o, (Image.Image, np.ndarray)):
-        a = np.asarray(o)
-        if a.dtype!=object: return [str(a.dtype), *a.shape, plain(a.tobytes())]
+    if isinstance(o, Image.Image): o = np.asarray(o)
+    if isinstance(o, np.ndarray) and o.dtype!=object: return [str(o.dtype), *o.shape, plain(o.tobytes())]
     return [plain(v) for v in o] if is_iter(o) else re.sub(r' at 0x[0-9a-f]+', '', str(o))
 
 # %% ../../nbs/25_data.store.ipynb #aec83240
-def digest(
-    o # As for `plain`
-) -> str:
+def digest(o) -> str: # Of anything, as for `plain`
     "Make a short text from `o`, equal for equal values"
     return plain(json.dumps(plain(o)).encode())
 
-# %% ../../nbs/25_data.store.ipynb #cd414f0c
+# %% ../../nbs/25_data.store.ipynb #c96d8b76
 def _file(folder, start): return folder/f'part-{start:08}.npz'
 
-# %% ../../nbs/25_data.store.ipynb #c96d8b76
+def _arrays(hm): # what a part holds
+    res = dict(cls=hm.cls, preds=hm.preds, task=hm.task, method=hm.method, layer=hm.layer)
+    res.update({f'info_{k}':v for k,v in hm.info.items()})
+    if hm.targs is not None: res['targs'] = hm.targs
+    if isinstance(hm.maps, Tensor): res['maps'] = hm.maps
+    else:
+        res['maps'] = torch.cat([m.flatten() for m in hm.maps])
+        res['sizes'] = tensor([m.shape[1:] for m in hm.maps])
+    return {k:np.asarray(v) for k,v in res.items()}
+
 def write_part(
     folder:Path, # Of the store
     start:int, # The place of its first image in the whole
     hm:Heatmaps # Of the images of this part
 ):
     "Write `hm` as a part of the heatmaps in `folder`"
-    arrays = dict(cls=hm.cls, preds=hm.preds, task=hm.task, method=hm.method, layer=hm.layer)
-    arrays.update({f'info_{k}':v for k,v in hm.info.items()})
-    if hm.targs is not None: arrays['targs'] = hm.targs
-    if isinstance(hm.maps, Tensor): arrays['maps'] = hm.maps
-    else:
-        arrays['maps'] = torch.cat([m.flatten() for m in hm.maps])
-        arrays['sizes'] = tensor([m.shape[1:] for m in hm.maps])
     with whole_file(_file(folder, start)) as tmp, open(tmp, 'wb') as f:
-        np.savez(f, **{k:np.asarray(v) for k,v in arrays.items()})
+        np.savez(f, **_arrays(hm))
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../../nbs/25_data.store.ipynb #st000006
+# %% ../../nbs/25_data.store.ipynb #0785092e
 def _as_heatmaps(d, n, run): # the arrays of a part; an exception of any kind if they are not those of the heatmaps of `n` images
     d = {k:str(v) if k in ('task', 'method', 'layer') else torch.from_numpy(v) for k,v in d.items()}
     info = {k.removeprefix('info_'):d.pop(k) for k in [*d] if k.startswith('info_')}
@@ -77,7 +76,6 @@ def _as_heatmaps(d, n, run): # the arrays of a part; an exception of any kind if
     if not (maps_ok and cls_ok and others_ok): raise ValueError('its arrays are of other kinds')
     return hm
 
-# %% ../../nbs/25_data.store.ipynb #0785092e
 def read_part(
     folder:Path, # Of the store
     start:int, # The place of its first image in the whole
@@ -128,12 +126,6 @@ def samples(
     return [digest(images.batch(i)) for i in sorted({0, n//2, n-1})]
 
 # %% ../../nbs/25_data.store.ipynb #fd2bff33
-def _stats(names): # sizes of the files of these names, and when they were written; None for what is no file
-    def stat(f):
-        try: return os.stat(f)
-        except (OSError, ValueError): pass
-    return [o and (o.st_size, o.st_mtime_ns) for o in map(stat, names)]
-
 def run_info(
     images:Images,
     args:dict, # Of `get_heatmaps`
@@ -145,11 +137,11 @@ def run_info(
     if not bs:
         raise ValueError("out= needs a fastai DataLoader, which can be asked for the images that are left: "
                          "pass learn.dls.test_dl(files)")
-    res = dict(n=len(images), part=bs*max(1, 256//bs), batch=bs, method=args['method'])
-    res.update(args)
-    res.update(transforms=[dl.after_item, dl.after_batch], items=digest(images.items), samples=samples(images),
-               sizes_and_times_of_files=digest(_stats(images.names)), vocab=vocab, thresh=float(thresh),
-               versions=dict(fastai_heatmaps=__version__, torch=torch.__version__), places=[*map(int, images.idxs)], names=images.names)
+    times = [os.path.isfile(f) and (os.path.getsize(f), os.stat(f).st_mtime_ns) for f in images.names]
+    res = dict(n=len(images), part=bs*max(1, 256//bs), batch=bs, **args, transforms=[dl.after_item, dl.after_batch],
+               items=digest(images.items), samples=samples(images), sizes_and_times_of_files=digest(times),
+               vocab=vocab, thresh=float(thresh), versions=dict(fastai_heatmaps=__version__, torch=torch.__version__),
+               places=[*map(int, images.idxs)], names=images.names)
     return json.loads(json.dumps(plain(res)))
 
 # %% ../../nbs/25_data.store.ipynb #st000009
@@ -173,17 +165,14 @@ def _is_whole(folder, start, stop, run):
         return False
 
 # %% ../../nbs/25_data.store.ipynb #st000017
-def _agree(a, b): # do these numbers agree, up to a thousandth of the largest?
-    if a is None or b is None or a.shape!=b.shape: return a is b
-    if not b.is_floating_point(): return torch.equal(a, b)
-    step = torch.finfo(b.dtype).smallest_normal*torch.finfo(b.dtype).eps # between the smallest numbers that it knows
-    a,b = a.double(),b.double()
-    top = b.nan_to_num(0, 0, 0).abs().max()
-    return torch.allclose(a, b, rtol=0, atol=float(.001*top+step), equal_nan=True)
+def _agree(a, b): # are two arrays the same, or numbers up to a thousandth of the largest?
+    if a.shape!=b.shape or b.dtype.kind!='f': return np.array_equal(a, b)
+    top,step = np.abs(b[np.isfinite(b)]).max(initial=0),np.finfo(b.dtype).smallest_subnormal
+    return np.allclose(a.astype(float), b.astype(float), rtol=0, atol=.001*float(top)+float(step), equal_nan=True)
 
-def _same_answers(a, b): # do two `Heatmaps` say the same?
-    return ((a.task, a.method, a.layer)==(b.task, b.method, b.layer) and all(map(_agree, a.maps, b.maps))
-            and all(_agree(getattr(a, k), getattr(b, k)) for k in ('cls', 'preds', 'targs')))
+def _same_answers(a, b): # do two `Heatmaps` of the same images say the same?
+    a,b = [_arrays(Heatmaps.join([o])) for o in (a,b)] # maps of one size as one array
+    return a.keys()==b.keys() and all(_agree(a[k], b[k]) for k in b)
 
 def _check_answers(folder, run, there, again):
     rows = [(i, a, b) for a,b in there for i in range(a, b)]

@@ -112,8 +112,8 @@ def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=N
     def explain(part, rows, use): explain_images(twin, part, f, use, cls[rows] if is_per_image(cls) else cls, **ask)
     def about():
         _check_named(run, method, score, options)
-        args = dict(ask, method=f.name, layer=layer and layer_names(twin.model, layer), cls=cls, targs=images.labels, dtype=str(dtype),
-                    options=options, run=run)
+        args = dict({'method':f.name, **ask}, layer=layer and layer_names(twin.model, layer), cls=cls, targs=images.labels,
+                    dtype=str(dtype), options=options, run=run)
         return run_info(images, args, vocab, getattr(learn.loss_func, 'thresh', .5))
     return images,explain,about
 
