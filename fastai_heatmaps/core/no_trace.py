@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['restoring', 'FunctionMode', 'thread_modes', 'random_numbers', 'no_trace', 'eval_mode', 'unwrap', 'as_written',
-           'drop_graphs', 'quiet']
+           'map_graphs', 'drop_graphs', 'quiet']
 
 # %% ../../nbs/00_core.no_trace.ipynb #11bddc12
 from fastai.basics import *
 from fastai.callback.hook import Hook
 from functools import wraps
 from torch.overrides import TorchFunctionMode
-import sys,sysconfig,threading,traceback
+import operator,sys,sysconfig,threading,traceback
 
 # %% ../../nbs/00_core.no_trace.ipynb #b62420ec
 _local = threading.local() # its `undo`: what the call under way on this thread has still to put back
@@ -189,13 +189,66 @@ def as_written():
         yield
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000008
+_plain = {bool, int, float, str, type(None)}
+_no_outputs = vars(nn.Module()).keys() - {'_buffers'} # of a module
+
+def _map_graphs(f, o, seen): # `o`, in which each tensor with a graph, also in lists, dicts and tuples, is replaced by what `f` makes of it
+    if isinstance(o, Tensor): return o if o.grad_fn is None else f(o)
+    if not isinstance(o, (tuple, list, dict, L, Hook)) or not o or id(o) in seen: return o
+    if isinstance(o, tuple):
+        if _plain.issuperset(map(type, o)): return o
+        new = [_map_graphs(f, v, seen) for v in o]
+        if all(map(operator.is_, o, new)): return o
+        return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
+    seen.add(id(o))
+    held = vars(o) if isinstance(o, (L, Hook)) else o
+    for k,v in list(held.items() if isinstance(held, dict) else enumerate(held)):
+        if type(v) in _plain: continue
+        new = _map_graphs(f, v, seen)
+        if new is not v: held[k] = new
+    return o
+
+# %% ../../nbs/00_core.no_trace.ipynb #nt000009
+def _map_hook(f, hook, seen): # the same for what the function `hook` belongs to, and what it knows
+    o = getattr(hook, '__self__', None)
+    if o is not None and not isinstance(o, (type, nn.Module)): _map_graphs(f, getattr(o, '__dict__', None), seen)
+    hook = getattr(hook, '__func__', hook)
+    names,cells = getattr(getattr(hook, '__code__', None), 'co_names', ()),getattr(hook, '__closure__', None) or ()
+    known = getattr(hook, '__globals__', {})
+    for k in names:
+        if k in known and known[k] is not (new := _map_graphs(f, known[k], seen)): known[k] = new
+    for c in cells:
+        try: old = c.cell_contents
+        except ValueError: continue # nothing yet
+        new = _map_graphs(f, old, seen)
+        if new is not old: c.cell_contents = new
+
+# %% ../../nbs/00_core.no_trace.ipynb #nt000010
+def map_graphs(
+    f:callable, # Takes a tensor and gives one
+    model:nn.Module # Any model
+):
+    "Replace each tensor that `model` or one of its hooks keeps together with a graph by what `f` makes of it"
+    seen = set()
+    for m in model.modules():
+        for k,v in list(vars(m).items()):
+            if k in _no_outputs or type(v) in _plain: continue
+            new = _map_graphs(f, v, seen)
+            if new is not v: vars(m)[k] = new
+        for hooks in (m._forward_hooks, m._forward_pre_hooks):
+            for h in list(hooks.values()): _map_hook(f, h, seen)
+
+# %% ../../nbs/00_core.no_trace.ipynb #ng000011
+@contextmanager
 def drop_graphs(
     model:nn.Module # Any model
 ):
-    "Detach what the hooks that belong to `model` have stored"
-    hooks = [getattr(f, '__self__', None) for m in model.modules() for f in m._forward_hooks.values()]
-    for h in hooks:
-        if isinstance(h, Hook) and isinstance(h.stored, Tensor) and h.stored.grad_fn is not None: h.stored = h.stored.detach()
+    "Let `model` keep what it puts out in this context without graphs"
+    known,new = {},{} # by id: tensors with a graph that it kept before; what becomes of the others
+    def note(t): return known.setdefault(id(t), t)
+    def drop(t): return t if id(t) in known else new.setdefault(id(t), (t, t.detach()))[1]
+    map_graphs(note, model)
+    with restoring(partial(map_graphs, drop, model)): yield
 
 # %% ../../nbs/00_core.no_trace.ipynb #2cbdf0fa
 @contextmanager
@@ -207,8 +260,7 @@ def quiet(
     def restore():
         if torch.is_inference_mode_enabled()!=was: off.__exit__(None, None, None)
         modes()
-        drop_graphs(model)
-    with eval_mode(model), as_written(), restoring(restore):
+    with eval_mode(model), as_written(), restoring(restore), drop_graphs(model):
         if was: off.__enter__()
         torch.set_grad_enabled(False)
         yield
