@@ -9,6 +9,7 @@ __all__ = ['ImageError', 'open_image', 'OpenImage', 'input_list', 'image_class',
 # %% ../../nbs/20_data.images.ipynb #im000003
 from fastai.vision.all import *
 from ..core.no_trace import keep_random
+from ..core.layers import tensors_in
 from ..core.targets import class_index
 
 # %% ../../nbs/20_data.images.ipynb #715b9c2d
@@ -177,9 +178,10 @@ class Images:
         dl=None, # A fastai or PyTorch DataLoader that goes through them in order; None = only their names are known
         idxs:list=(), # The places (n,) of the images in its dataset
         labels:Tensor=None, # Their classes (n,), if they came with the images
-        names:list=None # What they are called (n,); None = as by `item_names`
+        names:list=None, # What they are called (n,); None = as by `item_names`
+        input:int=0 # Which of the model's inputs is explained and shown
     ):
-        self.dl,self.idxs,self.labels,self._names = dl,list(idxs),labels,names
+        self.dl,self.idxs,self.labels,self._names,self.input = dl,list(idxs),labels,names,input
 
     def __len__(self): return len(self.idxs)
 
@@ -188,7 +190,7 @@ class Images:
         rows = range_of(self)[rows] if isinstance(rows, slice) else list(rows)
         def pick(o): return None if o is None else [o[i] for i in rows]
         labels = None if self.labels is None else self.labels[rows]
-        return Images(self.dl, pick(self.idxs), labels, pick(self._names))
+        return Images(self.dl, pick(self.idxs), labels, pick(self._names), self.input)
 
     @property
     def bs(self):
@@ -230,8 +232,8 @@ class Images:
             raise ValueError("these heatmaps were loaded without their images: "
                              "pass load_heatmaps the DataLoader that they were made of, such as learn.dls.valid")
         can_decode = hasattr(getattr(self.dl, 'after_batch', None), 'decode')
-        if can_decode: return _as_picture(to_cpu(self.dl.after_batch.decode(self.batch(i)))[0][0])
-        return _as_picture(self.dl.dataset[self.idxs[i]][0])
+        if can_decode: return _as_picture(tensors_in(to_cpu(self.dl.after_batch.decode(self.batch(i))))[self.input][0])
+        return _as_picture(tensors_in(self.dl.dataset[self.idxs[i]])[self.input])
 
 # %% ../../nbs/20_data.images.ipynb #im000029
 @patch(cls_method=True)
@@ -241,7 +243,7 @@ def join(cls:Images,
     "Join `parts`, in their order"
     labels = None if any(o.labels is None for o in parts) else torch.cat([o.labels for o in parts])
     names = None if any(o._names is None for o in parts) else [n for o in parts for n in o._names]
-    return cls(parts[0].dl, [i for o in parts for i in o.idxs], labels, names)
+    return cls(parts[0].dl, [i for o in parts for i in o.idxs], labels, names, parts[0].input)
 
 # %% ../../nbs/20_data.images.ipynb #im000013
 def to_images(
@@ -250,7 +252,8 @@ def to_images(
     ds_idx:int=1, # Which set of `dls`, without `items` and `dl`
     dl=None, # A DataLoader to use instead
     bs:int=None, # Batch size; None = that of the DataLoaders
-    vocab=None # The names of the classes, where they are known
+    vocab=None, # The names of the classes, where they are known
+    input:int=0 # Which of the model's inputs is explained and shown
 ) -> Images:
     "Make `Images` of whatever a user may pass"
     labels = None
@@ -259,4 +262,4 @@ def to_images(
         items,labels = split_labels(as_items(items), vocab)
         dl = image_dl(dls, items, bs)
     idxs = dl.get_idxs() if hasattr(dl, 'get_idxs') else range_of(dl.dataset)
-    return Images(dl, idxs, labels)
+    return Images(dl, idxs, labels, input=input)
