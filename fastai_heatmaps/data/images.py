@@ -105,10 +105,12 @@ def item_dl(
     if not items: raise ValueError("there are no items: pass at least one")
     own = getattr(dls.valid_ds, 'items', ())
     if len(own) and isinstance(own[0], list): items = [list(o) if type(o) is tuple else o for o in items]
-    workers = {'num_workers':0} if len(items)<=(bs or dls.valid.bs) else {}
+    kwargs = dict(bs=bs or dls.valid.bs, shuffle=False, drop_last=False)
+    if len(items)<=kwargs['bs']: kwargs['num_workers'] = 0
+    if getattr(dls.valid_ds, 'n_inp', 1)>1 and isinstance(dls.valid_ds, Datasets): kwargs['rm_type_tfms'] = 0 # one file is no pair of itself
     try:
         with keep_random():
-            dl = dls.test_dl(items, bs=bs or dls.valid.bs, shuffle=False, drop_last=False, **workers)
+            dl = dls.test_dl(items, **kwargs)
             dl.dataset[0]
     except Exception as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
