@@ -32,7 +32,9 @@ class OneInput(GetAttr):
         model:nn.Module, # Any model
         xb:tuple, # A batch for it
         input:int=0 # Which of the tensors in `xb` comes first
-    ): store_attr()
+    ):
+        store_attr('model,input')
+        self.xb = with_tensors(xb, (o[:2].clone() if o.ndim else o for o in tensors_in(xb))) # its form, and two items to try
 
     def first(self, xb):
         "List the tensors in `xb`, what the model takes, with the one that is explained first"
@@ -96,7 +98,7 @@ def _changed(a, b): # which rows are others
 def changes(self:OneInput):
     "Tell of each run of each layer its shape, which rows depend on the picture explained, and which on other pictures: layer -> runs"
     if 'known' in vars(self): return self.known
-    x,*rest = [o[:2].clone() for o in self.first(self.xb)]
+    x,*rest = self.first(self.xb)
     self.items,self.known = len(x),{}
     if all(o.ndim!=4 for o in rest): return self.known
     with quiet(self.model):
