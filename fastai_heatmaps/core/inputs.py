@@ -155,7 +155,8 @@ def layers_for(
     "List the layers to look at; by default one that sees only the input explained"
     if layer is not None or not isinstance(model, OneInput): return find_layers(model, layer, *xb)
     def has_map(m): return any(as_map(torch.empty(o[0], device='meta'), xb[0]) is not None for o in model.changes()[m])
-    own,view = {m for m in model.changes() if model.parts(m)[0] and has_map(m)},copy(model)
+    own,view = [m for m in model.changes() if m is not model.model and model.parts(m)[0] and has_map(m)],copy(model)
+    if own and len(model.changes()[own[-1]][0][1])!=model.items: return [own[-1]] # it runs on a batch of all pictures
     def own_modules(*args, **kwargs): return ((n,m) for n,m in model.model.named_modules(*args, **kwargs) if not n or m in own)
     if own: view.named_modules = own_modules
     return find_layers(view, None, *xb)
