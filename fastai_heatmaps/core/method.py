@@ -8,7 +8,7 @@ __all__ = ['heatmap_methods', 'Methods', 'needs_of', 'heatmap_method', 'no_pictu
 # %% ../../nbs/05_core.method.ipynb #mt000003
 from fastai.basics import *
 from .hooks import leaf_hooks, copied_outputs, InputHook
-from .layers import find_layers
+from .inputs import OneInput, OneInputHook, layers_for, parts_of
 from contextlib import nullcontext
 from difflib import get_close_matches
 from inspect import signature
@@ -90,10 +90,12 @@ class Method:
     def hooks(self, model, *xb, layer=None):
         "Give a context with the hooks that this method needs"
         if self.at_layer:
-            layers = find_layers(model, layer, *xb)
-            return copied_outputs(layers) if self.needs=='activations' else leaf_hooks(layers)
+            layers = layers_for(model, layer, *xb)
+            parts = parts_of(model, layers)
+            return copied_outputs(layers, parts) if self.needs=='activations' else leaf_hooks(layers, parts=parts)
         if layer is not None: raise ValueError("this method explains the pixels and looks at no layer: leave `layer` out")
-        return leaf_hooks([model], InputHook) if self.needs=='input' else nullcontext([])
+        if self.needs!='input': return nullcontext([])
+        return leaf_hooks([model], OneInputHook if isinstance(model, OneInput) else InputHook)
 
     @contextmanager
     def watch(self, model, *xb, layer=None):

@@ -14,6 +14,7 @@ from .layers import as_map, no_map, layer_names
 from .targets import class_indices, is_targ
 from .tasks import find_task, activation, warn_if_saturated
 from .method import get_method, no_pictures
+from .inputs import OneInput, of_input
 from contextlib import nullcontext
 from copy import copy
 from fastcore.imports import IN_NOTEBOOK
@@ -87,7 +88,8 @@ def check_hook(
     name = layer_names(model, [h.m])[0]
     if a is None: raise ValueError(f"layer '{name}' did not run in the forward pass: choose one that does")
     if not is_tensor or a.ndim!=4 or a.shape[2:]!=(1,1) or len(a)!=len(xb[0]):
-        raise no_map(f"layer '{name}' puts out {tuple(a.shape) if is_tensor else a_thing}", model, *xb)
+        of = f' for {len(xb[0])} images' if is_tensor and a.ndim>1 and len(a)!=len(xb[0]) else ''
+        raise no_map(f"layer '{name}' puts out {tuple(a.shape) if is_tensor else a_thing}{of}", model, *xb)
     warn(f"the map of layer '{name}' is 1×1, which shows nothing: choose an earlier layer or larger images")
 
 # %% ../../nbs/06_core.passes.ipynb #ps000020
@@ -150,7 +152,8 @@ class Pass:
         for h in hooks: check_hook(h, model, *xb)
         self.x,self.grads = xb[0].detach().as_subclass(Tensor),{} # (a hook, the classes) -> gradients
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
-        self.channels_last = self.x.device.type=='cpu' and self.x.ndim==4 # the layout for changed images, until the model refuses it
+        one = not isinstance(model, OneInput) # which has the layout of its batch, and whose layers' runs are counted
+        self.channels_last = one and self.x.device.type=='cpu' and self.x.ndim==4 # the layout for changed images, until the model refuses it
         self.task,act = find_task(pred, targs, vocab, loss_func, score),activation(loss_func)
         self.score_of = self.task.scorer(pred, len(self.x), vocab, score)
         with torch.set_grad_enabled(len(hooks)>0): self.scores = self.score_of(pred)
@@ -212,10 +215,12 @@ def model_heatmaps(
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
     bs:int=None, # How many changed images are run at once, for the methods that change them; None = 64, and 16 on a CPU
     bar:bool=None, # Show a progress bar where the model runs many times? None = where a person looks; see `person_looks`
+    input:int=0, # Which of the model's inputs is explained, where it takes several
     **options # Of the method, such as `n` for 'rise'
 ) -> tuple: # Maps (n, k, h, w), float32 on the CPU, not normalised; the model's scores (n, c)
     "Explain what a plain model says about a batch, in one forward pass, or in what the table of methods says"
-    xb,f,model = tuplify(xb),get_method(method, **options),unwrap(model)
+    f = get_method(method, **options)
+    model,xb = of_input(unwrap(model), tuplify(xb), input)
     _check_batch(xb)
     check_bs(bs)
     with quiet(model), clear_errors():

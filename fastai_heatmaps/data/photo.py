@@ -49,6 +49,8 @@ def original(
 @patch
 def photo(self:Images, i):
     "Open photo `i`, and find where its points are in what the model saw, as `original`"
+    if self.input:
+        raise ValueError(f"on='original' follows the first of several pictures only, and these maps are of input {self.input}: leave `on` out")
     return original(self.dl, self.idxs[i])
 
 # %% ../../nbs/21_data.photo.ipynb #6545c79a

@@ -219,7 +219,7 @@ def load_heatmaps(
     if there!=parts:
         raise ValueError(f"{folder} holds {sum(b-a for a,b in there)} of {run['n']} images: "
                          "run get_heatmaps with the same arguments again, which goes on where it stopped")
-    images = Images(dl, places, names=run['names'] if dl is None else None)
+    images = Images(dl, places, names=run['names'] if dl is None else None, input=run.get('input', 0))
     if dl is not None and (len(dl.dataset)<=max(places) or digest(images.items)!=run['items'] or samples(images)!=run['samples']):
         raise ValueError(f"dl has other images than {folder}, or other transforms: "
                          "pass the DataLoader that the heatmaps were made of")

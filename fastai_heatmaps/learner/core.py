@@ -99,21 +99,21 @@ def _checked_classes(cls, n, has_labels, vocab): # `cls`, once it is clear that 
     return cls
 
 def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=None, relu=None, topk=1, ds_idx=1, dl=None, bs=None,
-                  dtype=torch.float32, score=None, run=None, # All as for `get_heatmaps`
+                  dtype=torch.float32, score=None, run=None, input=0, # All as for `get_heatmaps`
                   **options
 ) -> tuple: # `Images`; `explain(images, rows, use)`, which hands the `Heatmaps` of each batch to `use`; `about()`, which gives `run_info`
     "Check the arguments of `get_heatmaps`, and prepare what it does"
     check_bs(bs)
     f,vocab,twin = get_method(method, **options),output_names(learn),shadow(learn)
     if layer is not None and f.at_layer: layer = find_layers(twin.model, layer)
-    images = to_images(twin.dls, items, ds_idx, dl, bs, vocab)
+    images = to_images(twin.dls, items, ds_idx, dl, bs, vocab, input)
     cls = _checked_classes(cls, len(images), items is None or images.labels is not None, vocab)
     ask = dict(layer=layer, relu=relu, topk=topk, dtype=dtype, bs=bs, score=score)
     def explain(part, rows, use): explain_images(twin, part, f, use, cls[rows] if is_per_image(cls) else cls, **ask)
     def about():
         _check_named(run, method, score, options)
         args = dict({'method':f.name, **ask}, layer=layer and layer_names(twin.model, layer), cls=cls, targs=images.labels,
-                    dtype=str(dtype), options=options, run=run)
+                    dtype=str(dtype), options=options, run=run, input=input)
         return run_info(images, args, vocab, getattr(learn.loss_func, 'thresh', .5))
     return images,explain,about
 
@@ -134,10 +134,11 @@ def get_heatmaps(self:Learner,
     dtype=torch.float32, # Of the maps; torch.float16 takes half the memory
     score=None, # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
     run:str=None, # A name for this run; needed with `out` where method or score is a function of your own
+    input:int=0, # Which of the model's inputs is explained and shown, where it takes several
     **options # Of the method, such as `n` for 'rise'
 ) -> Heatmaps:
     "Explain many images, by the CAM methods at the cost of their predictions"
-    images,explain,about = plan_heatmaps(self, items, cls, method, layer, relu, topk, ds_idx, dl, bs, dtype, score, run, **options)
+    images,explain,about = plan_heatmaps(self, items, cls, method, layer, relu, topk, ds_idx, dl, bs, dtype, score, run, input, **options)
     if out is None:
         parts = []
         explain(images, slice(None), parts.append)

@@ -8,7 +8,7 @@ __all__ = ['shadow', 'shows_bars', 'output_names', 'blank', 'PassCallback', 'End
 # %% ../../nbs/30_learner.run.ipynb #rn000003
 from fastai.vision.all import *
 from ..core.no_trace import quiet, unwrap
-from ..core.layers import find_layers
+from ..core.inputs import of_input, layers_for
 from ..core.tasks import is_dense
 from ..core.passes import Pass, check_bs, clear_errors, recordable, person_looks
 from ..data.images import Images, OpenImage, image_dl, input_list
@@ -187,22 +187,25 @@ class PassCallback(Callback):
         watch:callable, # `(model, *xb) ->` a context for the forward pass that gives hooks, as `Method.watch`
         use:callable, # Takes each `Pass`
         labels:Tensor=None, # The true classes, where they came with the images; None = the targets of the batch
+        input:int=0, # Which of the model's inputs is explained
         **known # For `Pass`
     ):
         store_attr()
-        self.known,self.stack,self.done = known,ExitStack(),0
+        self.known,self.stack,self.done,self.seen = known,ExitStack(),0,None
 
     def __call__(self, event_name): return getattr(self, event_name, noop)()
 
     def before_batch(self):
         self.learn.xb = tuple(map(recordable, self.xb))
-        self.hooks = self.stack.enter_context(self.watch(self.model, *self.xb))
+        model,self.inputs = of_input(self.model, self.xb, self.input)
+        self.seen = ifnone(self.seen, model) # which remembers what it has found out about its layers
+        self.hooks = self.stack.enter_context(self.watch(self.seen, *self.inputs))
 
     def after_pred(self):
-        n = len(self.xb[0])
-        self.use(Pass(self.model, self.xb, self.pred, self.hooks, self.targs(n), **self.known))
+        n = len(self.inputs[0])
+        self.use(Pass(self.seen, self.inputs, self.pred, self.hooks, self.targs(n), **self.known))
         self.done += n
-        self.hooks = None
+        self.hooks = self.inputs = None
         torch.set_grad_enabled(False)
         self.learn.pred = to_detach(self.pred, cpu=False, gather=False)
 
@@ -230,7 +233,7 @@ def layer_watch(
     found = layer
     def watch(model, *xb):
         nonlocal found
-        if method.at_layer: found = find_layers(model, found, *xb)
+        if method.at_layer: found = layers_for(model, found, *xb)
         return method.watch(model, *xb, layer=found)
     return watch
 
@@ -250,7 +253,7 @@ def run_passes(
     bar = shows_bars(learn) and is_single
     if is_single: learn.remove_cb(ProgressCallback)
     known = dict(vocab=output_names(learn), loss_func=learn.loss_func, score=score, bs=bs, bar=bar, keep=keep)
-    cb = PassCallback(watch, use, images.labels, **known)
+    cb = PassCallback(watch, use, images.labels, images.input, **known)
     with quiet(learn.model), clear_errors(), cb.stack:
         cbs = [cb, EndWatch(cb.stack)]
         learn.get_preds(dl=images.dl, act=noop, reorder=False, cbs=cbs, inner=True, with_preds=False, with_targs=False)

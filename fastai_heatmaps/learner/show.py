@@ -34,13 +34,14 @@ def show_heatmap(self:Learner,
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them whose maps are fused
     relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     topk:int=1, # How many of the most likely classes, if `cls` is None
+    input:int=0, # Which of the model's inputs is explained and shown, where it takes several
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Show why the model sees `cls` in `img`, by any method"
     if isinstance(img, (list, L)):
-        raise ValueError("expected one image; for a list of them use plot_heatmap_grid or get_heatmaps")
+        raise ValueError("expected one image, or an item of several as a tuple; for a list of them use plot_heatmap_grid or get_heatmaps")
     looks,options = split_kwargs(kwargs, Heatmaps.show)
-    return self.get_heatmaps([img], cls, method, layer, relu, topk, **options).show(**looks)
+    return self.get_heatmaps([img], cls, method, layer, relu, topk, input=input, **options).show(**looks)
 
 # %% ../../nbs/32_learner.show.ipynb #1e517e30
 @patch
@@ -112,6 +113,7 @@ def plot_heatmap_grid(self:Learner,
     relu:bool=None, # Keep evidence for the class only? None = yes for classes, no for numbers
     seed:int=None, # Of the choice: the same seed shows the same images; None = others each time, in spite of `set_seed`
     topk:int=1, # How many of the most likely classes, if `cls` is None
+    input:int=0, # Which of the model's inputs is explained and shown, where it takes several
     **kwargs
 ): # An array of Axes, rows × columns
     "Show images of the validation set, each beside its heatmaps, titled in green if the model is right and in red if it is wrong"
@@ -120,7 +122,7 @@ def plot_heatmap_grid(self:Learner,
     total = len(self.dls.valid_ds if items is None else items)
     idxs = _choose(total, n, seed)
     looks,options = split_kwargs(kwargs, Heatmaps.plot)
-    options = dict(cls=cls, method=method, layer=layer, relu=relu, topk=topk, **options)
+    options = dict(cls=cls, method=method, layer=layer, relu=relu, topk=topk, input=input, **options)
     if items is not None: return self.get_heatmaps([items[i] for i in idxs], **options).plot(**looks)
     valid = Images(shadow(self).dls.valid, range(total))
     if not hasattr(valid.dl, 'new'):

@@ -116,7 +116,7 @@ def layer_gradients(
     x:Tensor # A changed batch (n, C, H, W)
 ) -> Tensor: # (k, n, C, h, w)
     "Give the gradients of each class explained with respect to the layer, for a changed batch"
-    with torch.no_grad(), leaf_hooks([probe.hook.m]) as (h,): picked = probe.picked(changed_scores(probe, x))
+    with torch.no_grad(), leaf_hooks([probe.hook.m], parts=[probe.hook.part]) as (h,): picked = probe.picked(changed_scores(probe, x))
     return torch.stack([probe.map(g).float() for g, in each_gradient(picked, [h.stored])])
 
 # %% ../../nbs/10_methods.changed.ipynb #ch000016
@@ -139,7 +139,7 @@ def from_layer(
     "Score the model with `raw` in the layer's place"
     model,layer = probe.model,probe.hook.m
     if isinstance(model, nn.Sequential) and len(model)==2 and layer is model[0]: return probe.score_of(model[1](raw), i, len(raw))
-    with leaf_hooks([layer], SwapHook) as (h,):
+    with leaf_hooks([layer], SwapHook, [probe.hook.part]) as (h,):
         h.value = raw
         return changed_scores(probe, repeated(probe.x, i, len(raw)), i)
 
