@@ -150,7 +150,8 @@ def _held_run(folder): # whose heatmaps are in `folder`; None if there is nothin
     if folder.is_dir() and any(not o.name.startswith('.fastai_heatmaps') for o in folder.iterdir()):
         raise FolderTaken(f"{folder} holds other things than heatmaps: choose another folder")
 
-def _other_run(folder, why): return FolderTaken(f"{folder} holds heatmaps of another run: {why}; choose another folder, or delete this one")
+def _other_run(folder, why): # the error
+    return FolderTaken(f"{folder} holds heatmaps of another run: {why}; choose another folder, or delete this one")
 
 def _check_same(folder, old, run):
     for k,v in run.items():
@@ -194,7 +195,8 @@ def open_store(
     "Open a folder for a run, or go on with it; in this context no other run writes there"
     _held_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=5) if os.access(folder, os.W_OK) else nullcontext(): # what is complete can be read anywhere
+    writable = os.access(folder, os.W_OK) # if not, what is complete can be read all the same
+    with locked(folder, wait=8) if writable else nullcontext(): # workers of a run that was killed may hold it for 5 seconds more
         old = _held_run(folder)
         for o in [*temp_files(folder, '.npz'), *temp_files(folder, '.json')]: o.unlink() # of a run that was killed
         if old and overwrite:
@@ -225,4 +227,5 @@ def load_heatmaps(
                          "pass the DataLoader that the heatmaps were made of")
     hms = [read_part(folder, a, b-a, run) for a,b in parts]
     try: return Heatmaps.join(hms, images)
-    except (RuntimeError, KeyError): raise ValueError(f"{folder} holds parts that do not belong together: make them anew, in another folder") from None
+    except (RuntimeError, KeyError):
+        raise ValueError(f"{folder} holds parts that do not belong together: make them anew, in another folder") from None
