@@ -131,7 +131,7 @@ def layer_watch(
     def watch(model, *xb):
         nonlocal found
         if method.at_layer: found = find_layers(model, found, *xb)
-        return method.watch(model, *xb, layer=found)
+        return method.watch(model, layer=found)
     return watch
 
 # %% ../../nbs/30_learner.run.ipynb #rn000011
