@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tensors_in', 'recorded_shapes', 'output_shapes', 'layer_shapes', 'as_map', 'map_shapes', 'is_body_and_head',
-           'recorded_attention', 'attentions', 'place_margins', 'usable_layers', 'no_map', 'default_layer',
-           'plain_name', 'layer_names', 'get_layer', 'find_layers', 'check_channels']
+           'recorded_attention', 'attentions', 'places_shown', 'usable_layers', 'no_map', 'default_layer', 'plain_name',
+           'layer_names', 'get_layer', 'find_layers', 'check_channels']
 
 # %% ../../nbs/02_core.layers.ipynb #87148aea
 from fastai.basics import *
@@ -147,7 +147,7 @@ def attentions(
 
 # %% ../../nbs/02_core.layers.ipynb #ly000013
 _places = (0,1),(1,3),(2,0),(3,2) # rows and columns
-_clear = 1.3 # the margin, as below, of a map that keeps its places
+_enough = 3 # of them, in a map that keeps its places
 
 def _noisy(x): # a version of the picture `x` (1, C, H, W) for each of `_places`, with noise there
     h,w = [math.ceil(s/8) for s in x.shape[2:]]
@@ -160,28 +160,29 @@ def _noisy(x): # a version of the picture `x` (1, C, H, W) for each of `_places`
         yield res
 
 # %% ../../nbs/02_core.layers.ipynb #ly000014
-def place_margins(
+def _places_hit(diffs): # in how many of them a map changes most that changed by `diffs` (4, h, w) as each place was changed
+    side = min(4, *diffs.shape[1:]) # of the board
+    boards = F.adaptive_avg_pool2d(diffs, side).flatten(1)
+    boards = boards/boards.sum(1, keepdim=True)
+    if not boards.isfinite().all(): return math.nan
+    own = boards-boards.mean(0)
+    at = torch.stack([o[int((r+.5)/4*side)*side+int((c+.5)/4*side)] for o,(r,c) in zip(own, _places)])
+    return int(((at>=own.amax(1)) & (at>1e-4)).sum())
+
+def places_shown(
     model:nn.Module, # Any model
     layers:list, # Some of its modules
     *xb:Tensor # Its inputs, of which the first image is used
-) -> list: # A number for each layer, nan for one without a map, or in which nothing changes
-    "Tell how many times more the map of each of `layers` changes in its place than in others where a place of the picture is changed"
+) -> list: # A number for each layer, nan where there is no map, or nothing changes
+    "Tell for how many of four places of the picture the map of each of `layers` changes there most when the place is changed"
     x,*rest = [o[:1] for o in xb]
     def maps(x):
         with copied_outputs(layers) as hooks: model(x, *rest)
         return [as_map(h.stored, x) for h in hooks]
-    def board(a, b): # how the change is spread over the 4×4 places
-        if a is None or len(a)>1: return x.new_full((4,4), math.nan, dtype=torch.float)
-        d = F.adaptive_avg_pool2d((a.float()-b.float()).abs().sum(1), 4)[0]
-        return d/d.sum()
-    def margin(boards):
-        at = torch.stack([torch.stack([b[p] for p in _places]) for b in boards]) # the change made x the place looked at
-        at = at/at.mean(0).clamp(min=1e-9)
-        return float((at.diag()/at.clone().fill_diagonal_(0).amax(1).clamp(min=1e-9)).min())
-    with quiet(model):
-        base = maps(x)
-        boards = [[board(a, b) for a,b in zip(maps(o), base)] for o in _noisy(x)]
-    return [margin(o) for o in zip(*boards)]
+    def hit(base, *changed):
+        if base is None or len(base)>1: return math.nan
+        return _places_hit(torch.cat([(o.float()-base.float()).abs().sum(1) for o in changed]))
+    with quiet(model): return [hit(*o) for o in zip(maps(x), *map(maps, _noisy(x)))]
 
 # %% ../../nbs/02_core.layers.ipynb #0ded73b0
 def _with_influence(model, names, dense, *xb): # those of the layers `names` with more than one cell that the answer depends on
@@ -210,8 +211,8 @@ def usable_layers(
     if not doubtful and not dense: return maps,True
     late = list(maps)[-8 if dense else -64:]
     late = _with_influence(model, late, dense, *xb) or late
-    margins = place_margins(model, [model.get_submodule(n) for n in late], *xb) if doubtful else [math.inf]*len(late)
-    clear = [n for n,m in zip(late, margins) if m>_clear]
+    shown = places_shown(model, [model.get_submodule(n) for n in late], *xb) if doubtful else [4]*len(late)
+    clear = [n for n,k in zip(late, shown) if k>=_enough]
     return {n:maps[n] for n in clear or late},len(clear)>0
 
 # %% ../../nbs/02_core.layers.ipynb #ee5c5ffb
@@ -241,7 +242,7 @@ def default_layer(
     if not maps: raise no_map('there is no default layer', model, *xb)
     name = last(maps)
     if not sure: warn(f"it is not sure that a map of this {type(model).__name__} shows what is where: a change in one place of the picture "
-                      f"shows everywhere. The default is '{name}'; name another layer if it looks wrong, such as {_some(maps)}")
+                      f"does not show most there. The default is '{name}'; name another layer if it looks wrong, such as {_some(maps)}")
     return model.get_submodule(name)
 
 # %% ../../nbs/02_core.layers.ipynb #9cf3e184
@@ -290,9 +291,9 @@ def _check_places(model, layers, *xb): # warns of those of `layers` whose cells 
     if not xb or not layers or is_body_and_head(model): return
     with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as ran: model(*[x[:1] for x in xb])
     if not ran.attend and all(s==shapes[n] for n,s in map_shapes(shapes, xb[0]).items()): return # convolutions only
-    for l,m in zip(layers, place_margins(model, layers, *xb)):
-        if m<_clear: warn(f"the map of layer '{layer_names(model, [l])[0]}' is likely to be wrong: a change in one place of the picture does not show "
-                          "there, as if its cells were in another order; choose another layer, or leave `layer` out")
+    for l,k in zip(layers, places_shown(model, layers, *xb)):
+        if k<_enough: warn(f"the map of layer '{layer_names(model, [l])[0]}' is likely to be wrong: a change in one place of the picture does not "
+                           "show most there, as if its cells were in another order; choose another layer, or leave `layer` out")
 
 # %% ../../nbs/02_core.layers.ipynb #abada10e
 def find_layers(

@@ -127,11 +127,11 @@ def layer_watch(
     layer=None # As for `find_layers`
 ) -> callable: # `(model, *xb) ->` a context for the forward pass
     "Make a function that watches a model as `method` needs it"
-    found = layer
+    found = None
     def watch(model, *xb):
         nonlocal found
-        if method.at_layer: found = find_layers(model, found, *xb)
-        return method.watch(model, layer=found)
+        if method.at_layer and found is None: found = find_layers(model, layer, *xb) # with the first batch
+        return method.watch(model, layer=found or layer)
     return watch
 
 # %% ../../nbs/30_learner.run.ipynb #rn000011
