@@ -273,7 +273,7 @@ def trained(make, epochs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('make,layer,epochs', [(SmallUnet, 'u1', 5), (fastai_unet, 'layers.10', 4)])
+@pytest.mark.parametrize('make,layer,epochs', [(SmallUnet, 'u1', 4), (fastai_unet, 'layers.10', 3)])
 def test_the_default_of_a_unet_shows_large_and_small(make, layer, epochs):
     "In nets trained to find squares of two sizes, evidence lies inside of both"
     model,(x,y) = trained(make, epochs),squares(16, 99)

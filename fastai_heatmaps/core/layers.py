@@ -211,9 +211,12 @@ def usable_layers(
     if not doubtful and not dense: return maps,True
     late = list(maps)[-8 if dense else -64:]
     late = _with_influence(model, late, dense, *xb) or late
-    shown = places_shown(model, [model.get_submodule(n) for n in late], *xb) if doubtful else [4]*len(late)
-    clear = [n for n,k in zip(late, shown) if k>=_enough]
-    return {n:maps[n] for n in clear or late},len(clear)>0
+    if not doubtful: return {n:maps[n] for n in late},True
+    for names in (late[-8:], late[:-8]): # most often the last will do
+        shown = places_shown(model, [model.get_submodule(n) for n in names], *xb)
+        clear = [n for n,k in zip(names, shown) if k>=_enough]
+        if clear: return {n:maps[n] for n in clear},True
+    return {n:maps[n] for n in late},False
 
 # %% ../../nbs/02_core.layers.ipynb #ee5c5ffb
 def _some(maps): # names and sizes, the last ones first
