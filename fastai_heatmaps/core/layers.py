@@ -106,35 +106,32 @@ def is_body_and_head(
     return _has(body, _convs) and not _has(body, nn.Linear) and not _has(head, _convs)
 
 # %% ../../nbs/02_core.layers.ipynb #dda5408a
-class recorded_attention(TorchFunctionMode):
-    "A context that records the modules of `model` that multiply activations with one another, and those that run inside of these"
-    def __init__(self,
-        model:nn.Module # Any model
-    ):
+class _Products(TorchFunctionMode): # calls `found` for each product of activations
+    def __init__(self, found):
         super().__init__()
-        self.names = {m:n for n,m in model.named_modules()}
-        self.running,self.callers,self.attend,self.thread = [],{},set(),threading.get_ident()
-
-    def __enter__(self):
-        def begin(m, i): self.running.append(m)
-        def end(m, i, o): self.callers[m] = [o for o in self.running if o is not m]; self.running.pop()
-        def ours(f): return lambda *args: f(*args) if threading.get_ident()==self.thread else None
-        self.hooks = register_module_forward_pre_hook(ours(begin)),register_module_forward_hook(ours(end))
-        return super().__enter__()
-
-    def __exit__(self, *args):
-        for h in self.hooks: h.remove()
-        super().__exit__(*args)
+        self.found = found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        "Call `func`, and note whose product it is"
         if getattr(func, '__name__', '') in _products:
             mixed = [t for t in tensors_in([*args, *(kwargs or {}).values()]) if not isinstance(t, nn.Parameter)]
-            if len(mixed)>1 and len(self.running)>1: self.attend.add(self.running[-1]) # not the model itself
+            if len(mixed)>1: self.found()
         return func(*args, **(kwargs or {}))
 
-    @property
-    def inside(self): return {self.names[m] for m,callers in self.callers.items() if m in self.names and self.attend & set(callers)}
+@contextmanager
+def recorded_attention(
+    model:nn.Module # Any model
+):
+    "Record the modules that multiply activations with one another, but for the model itself, and of each module those that it ran in"
+    running,callers,attend,thread = [],{},set(),threading.get_ident()
+    def begin(m, i):
+        if threading.get_ident()==thread: running.append(m)
+    def end(m, i, o):
+        if threading.get_ident()!=thread: return
+        while running and running.pop() is not m: pass # of one that failed, there is no end
+        callers[m] = running[:]
+    def found():
+        if running and running[-1] is not model: attend.add(running[-1])
+    with register_module_forward_pre_hook(begin), register_module_forward_hook(end), _Products(found): yield attend,callers
 
 # %% ../../nbs/02_core.layers.ipynb #ly000011
 def attentions(
@@ -142,8 +139,8 @@ def attentions(
     *xb:Tensor # Its inputs, of which the first image is used
 ) -> list: # of names
     "Run `model` on one image, and name its attention layers: those that multiply activations with one another"
-    with quiet(model), recorded_attention(model) as ran: model(*[x[:1] for x in xb])
-    return [n for n,m in model.named_modules() if m in ran.attend]
+    with quiet(model), recorded_attention(model) as (attend,_): model(*[x[:1] for x in xb])
+    return [n for n,m in model.named_modules() if m in attend]
 
 # %% ../../nbs/02_core.layers.ipynb #ly000013
 _places = (0,1),(1,3),(2,0),(3,2) # rows and columns
@@ -160,9 +157,9 @@ def _noisy(x): # a version of the picture `x` (1, C, H, W) for each of `_places`
         yield res
 
 # %% ../../nbs/02_core.layers.ipynb #ly000014
-def _places_hit(diffs): # in how many of them a map changes most that changed by `diffs` (4, h, w) as each place was changed
-    side = min(4, *diffs.shape[1:]) # of the board
-    boards = F.adaptive_avg_pool2d(diffs, side).flatten(1)
+def _places_hit(maps): # in how many of them does what a layer puts out change most, in maps (4, C, h, w) of the pictures changed there?
+    side = min(4, *maps.shape[2:]) # of the board
+    boards = F.adaptive_avg_pool2d((maps-maps.mean(0)).abs().sum(1), side).flatten(1)
     boards = boards/boards.sum(1, keepdim=True)
     if not boards.isfinite().all(): return math.nan
     own = boards-boards.mean(0)
@@ -179,10 +176,8 @@ def places_shown(
     def maps(x):
         with copied_outputs(layers) as hooks: model(x, *rest)
         return [as_map(h.stored, x) for h in hooks]
-    def hit(base, *changed):
-        if base is None or len(base)>1: return math.nan
-        return _places_hit(torch.cat([(o.float()-base.float()).abs().sum(1) for o in changed]))
-    with quiet(model): return [hit(*o) for o in zip(maps(x), *map(maps, _noisy(x)))]
+    def hit(*maps): return math.nan if maps[0] is None or len(maps[0])>1 else _places_hit(torch.cat(maps).float())
+    with quiet(model): return [hit(*o) for o in zip(*map(maps, _noisy(x)))]
 
 # %% ../../nbs/02_core.layers.ipynb #0ded73b0
 def _with_influence(model, names, dense, *xb): # those of the layers `names` with more than one cell that the answer depends on
@@ -200,11 +195,11 @@ def usable_layers(
     *xb:Tensor # Its inputs, of which the first image is used
 ) -> tuple: # name -> shape (n, C, h, w) of the map, in the order in which they finish; are these maps sure?
     "Find the layers with maps that show what the answer rests on"
-    with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as ran: model(*[x[:1] for x in xb])
+    with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,callers): model(*[x[:1] for x in xb])
     maps = map_shapes(shapes, xb[0])
     dense = '' in maps and maps['']==shapes['']
-    def counts(n): return n and n not in ran.inside and not isinstance(model.get_submodule(n), _pools)
-    maps = {n:s for n,s in maps.items() if counts(n)}
+    def counts(m): return m is not model and not isinstance(m, _pools) and not attend & set(callers.get(m, ()))
+    maps = {n:s for n,s in maps.items() if counts(model.get_submodule(n))}
     if dense: maps = {n:s for n,s in maps.items() if s[1]!=shapes[''][1]} or maps # the features, not the classes made of them
     sizes,turned = [s[2]*s[3] for s in maps.values()],any(s!=shapes[n] for n,s in maps.items())
     doubtful = turned or bool(sizes) and not dense and sizes[-1]>min(sizes)
@@ -292,8 +287,8 @@ def get_layer(
 def _check_places(model, layers, *xb): # warns of those of `layers` whose cells are not where they are drawn
     layers = [l for l in layers if not _has(l, _convs)]
     if not xb or not layers or is_body_and_head(model): return
-    with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as ran: model(*[x[:1] for x in xb])
-    if not ran.attend and all(s==shapes[n] for n,s in map_shapes(shapes, xb[0]).items()): return # convolutions only
+    with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,_): model(*[x[:1] for x in xb])
+    if not attend and all(s==shapes[n] for n,s in map_shapes(shapes, xb[0]).items()): return # convolutions only
     for l,k in zip(layers, places_shown(model, layers, *xb)):
         if k<_enough: warn(f"the map of layer '{layer_names(model, [l])[0]}' is likely to be wrong: a change in one place of the picture does not "
                            "show most there, as if its cells were in another order; choose another layer, or leave `layer` out")
