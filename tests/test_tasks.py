@@ -243,21 +243,20 @@ def over_predicted(c, signed=False):
     return f
 
 
-def bottleneck(model, x):
-    "Of the layers that put out the smallest maps, the last to run"
+def last_features(model, x):
+    "Of the layers whose output has not the channels of the answer, the last to run"
     outs = []
-    hooks = [m.register_forward_hook(lambda m, i, o: outs.append((m, o.shape[2:].numel()))) for m in model.modules()]
-    with torch.no_grad(): model.eval()(x)
+    hooks = [m.register_forward_hook(lambda m, i, o: outs.append((m, o.shape[1]))) for m in model.modules()]
+    with torch.no_grad(): c = model.eval()(x).shape[1]
     for h in hooks: h.remove()
-    small = min(n for _,n in outs)
-    return [m for m,n in outs if n==small][-1]
+    return [m for m,n in outs if n!=c][-1]
 
 
 @pytest.mark.slow
 def test_segmentation(seg):
     x = valid(seg)
     hm,pixels = seg.get_heatmaps(cls=codes, relu=False),predicted(seg)[0].argmax(1)
-    layer = bottleneck(seg.model, x)
+    layer = last_features(seg.model, x)
     assert default_layer(seg.model, x) is layer and hm.task=='pixels'
     same(hm.preds, torch.stack([(pixels==c).float().mean((1,2)) for c in range(3)], 1))
     assert (hm.preds[:,1:]>0).all() and (hm.preds[:,0]==0).all()
@@ -349,7 +348,7 @@ def test_segmentation_in_a_mask(seg):
     "The class's logits, averaged over pixels of one's own choice, whatever is predicted there"
     m = np.zeros((64,64), dtype=bool)
     m[8:20,30:60] = True
-    layer = bottleneck(seg.model, valid(seg))
+    layer = last_features(seg.model, valid(seg))
     hm = seg.get_heatmaps(cls=['sky','blue thing'], score=in_mask(m), relu=False)
     for j,c in enumerate((0,2)): explained(seg, hm, j, lambda o: o[:,c][:,torch.tensor(m)].mean(1), layer)
     for o in (torch.tensor(m), m.astype(int), m.tolist()): same(seg.get_heatmaps(hm.items[0], cls=2, score=in_mask(o), relu=False).maps[0,0], hm.maps[0,1])
@@ -371,7 +370,7 @@ def test_segmentation_with_one_channel(pics):
     share = (p>.5).float().mean((1,2,3))
     assert (share>0).all() and (share<1).all()
     same(hm.preds, torch.stack([1-share, share], 1))
-    for j in range(2): explained(learn, hm, j, over_predicted(j, signed=True), bottleneck(learn.model, valid(learn)))
+    for j in range(2): explained(learn, hm, j, over_predicted(j, signed=True), last_features(learn.model, valid(learn)))
     assert [o.split(' (')[0] for o in drawn(hm)]==[f'nothing {1-share[0]:.0%} of the pixels', f'thing {share[0]:.0%} of the pixels']
 
 

@@ -230,11 +230,11 @@ def layer_watch(
     layer=None # As for `find_layers`
 ) -> callable: # `(model, *xb) ->` a context for the forward pass
     "Make a function that watches a model as `method` needs it"
-    found = layer
+    found = None
     def watch(model, *xb):
         nonlocal found
-        if method.at_layer: found = layers_for(model, found, *xb)
-        return method.watch(model, *xb, layer=found)
+        if method.at_layer and found is None: found = layers_for(model, layer, *xb) # with the first batch
+        return method.watch(model, layer=found or layer)
     return watch
 
 # %% ../../nbs/30_learner.run.ipynb #rn000011

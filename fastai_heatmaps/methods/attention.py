@@ -68,10 +68,11 @@ def _refused(why): # the error for a model that is no plain transformer
 
 # %% ../../nbs/14_methods.attention.ipynb #at000005
 def attending_blocks(
-    model:nn.Module # Any model
+    model:nn.Module, # Any model
+    *xb:Tensor # Its inputs, of which the first image is used
 ) -> list: # of modules
     "List the blocks of a vision transformer: the modules that hold an attention layer"
-    parents = [name.rpartition('.')[0] for name in attentions(model)]
+    parents = [name.rpartition('.')[0] for name in attentions(model, *xb)]
     blocks = list(dict.fromkeys(model.get_submodule(name) for name in parents))
     if not blocks: raise _refused(f"this {type(model).__name__} has no attention")
     return blocks
@@ -126,7 +127,7 @@ def legrad(
 ) -> Tensor: # (n, k, h, w)
     "`mean_l,heads,queries ReLU(∂s_l/∂A_l)`, `A_l` the attention weights of block `l` and `s_l` its score: LeGrad (Bousselham et al. 2024, arXiv 2404.03214)"
     model,xb = probe.model,probe.xb
-    blocks = attending_blocks(model)
+    blocks = attending_blocks(model, *xb)
     outs,weights = run_blocks(model, blocks, *xb)
     layers = layers_after(model, blocks[-1], outs[-1], *xb)
     with torch.enable_grad(): s = sum(probe.picked(probe.score_of(layers(o.mean(1)))) for o in outs) # (n, k)
