@@ -10,7 +10,6 @@ __all__ = ['every_row', 'as_leaf', 'Part', 'rows_seen', 'put_rows', 'LeafHook', 
 from fastai.basics import *
 from fastai.callback.hook import Hook, hook_output
 from .no_trace import restoring
-from torch.nn.modules.module import register_module_forward_hook
 from typing import NamedTuple
 import threading
 
@@ -157,16 +156,22 @@ class SwapHook(LeafHook):
 # %% ../../nbs/01_core.hooks.ipynb #hk000017
 @contextmanager
 def every_output(
-    f:callable # Takes a module, its input and its output
+    f:callable, # Takes a module, its input and its output
+    before:callable=noop # Takes a module and its input
 ):
-    "Call `f` after each layer that runs on this thread"
-    thread,hooks = threading.get_ident(),nn.modules.module._global_forward_hooks
-    def mine(module, input, output):
-        if threading.get_ident()==thread: f(module, input, output)
+    "Call `f` after each layer that runs on this thread, and `before` before it"
+    thread,module = threading.get_ident(),nn.modules.module
+    def here(f):
+        def mine(*args):
+            if threading.get_ident()==thread: f(*args)
+        return mine
+    begin,end = here(before),here(f)
     def remove():
-        for k in [k for k,o in hooks.items() if o is mine]: hooks.pop(k, None)
+        for hooks in (module._global_forward_pre_hooks, module._global_forward_hooks):
+            for k in [k for k,o in hooks.items() if o in (begin, end)]: hooks.pop(k, None)
     with restoring(remove):
-        register_module_forward_hook(mine)
+        if before is not noop: module.register_module_forward_pre_hook(begin)
+        module.register_module_forward_hook(end)
         yield
 
 # %% ../../nbs/01_core.hooks.ipynb #77fcc1ec

@@ -9,11 +9,9 @@ __all__ = ['tensors_in', 'recorded_shapes', 'output_shapes', 'layer_shapes', 'as
 
 # %% ../../nbs/02_core.layers.ipynb #87148aea
 from fastai.basics import *
-from .no_trace import quiet, no_trace, restoring, FunctionMode
+from .no_trace import quiet, no_trace, FunctionMode
 from .hooks import leaf_hooks, copied_outputs, every_output
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from difflib import get_close_matches
-import threading
 
 # %% ../../nbs/02_core.layers.ipynb #ly000001
 def tensors_in(
@@ -106,7 +104,7 @@ def is_body_and_head(
     return _has(body, _convs) and not _has(body, nn.Linear) and not _has(head, _convs)
 
 # %% ../../nbs/02_core.layers.ipynb #dda5408a
-class _Products(TorchFunctionMode): # calls `found` for each product of activations
+class _Products(FunctionMode): # calls `found` for each product of activations
     def __init__(self, found):
         super().__init__()
         self.found = found
@@ -122,16 +120,14 @@ def recorded_attention(
     model:nn.Module # Any model
 ):
     "Record the modules that multiply activations with one another, but for the model itself, and of each module those that it ran in"
-    running,callers,attend,thread = [],{},set(),threading.get_ident()
-    def begin(m, i):
-        if threading.get_ident()==thread: running.append(m)
+    running,callers,attend = [],{},set()
+    def begin(m, i): running.append(m)
     def end(m, i, o):
-        if threading.get_ident()!=thread: return
         while running and running.pop() is not m: pass # of one that failed, there is no end
         callers[m] = running[:]
     def found():
         if running and running[-1] is not model: attend.add(running[-1])
-    with register_module_forward_pre_hook(begin), register_module_forward_hook(end), _Products(found): yield attend,callers
+    with every_output(end, begin), _Products(found): yield attend,callers
 
 # %% ../../nbs/02_core.layers.ipynb #ly000011
 def attentions(
