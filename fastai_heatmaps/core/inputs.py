@@ -8,11 +8,9 @@ __all__ = ['with_tensors', 'OneInput', 'of_input', 'OneInputHook', 'parts_of', '
 # %% ../../nbs/07_core.inputs.ipynb #in000003
 from fastai.basics import *
 from .no_trace import quiet
-from .hooks import InputHook, Part
+from .hooks import InputHook, Part, every_output
 from .layers import tensors_in, as_map, layer_names, find_layers
-from torch.nn.modules.module import register_module_forward_hook
 from copy import copy
-import threading
 
 # %% ../../nbs/07_core.inputs.ipynb #in000005
 def with_tensors(
@@ -82,12 +80,12 @@ def _other(x): # something else in the place of the pictures `x`
     return x + noise*torch.where(std>0, std, 1)
 
 def _runs(model, *xb): # layer -> for each run that puts out a tensor, its shape and two sums for each row
-    thread,runs = threading.get_ident(),{}
+    runs = {}
     def record(m, i, o):
-        if threading.get_ident()!=thread or not isinstance(o, Tensor) or o.ndim<2: return
+        if not isinstance(o, Tensor) or o.ndim<2: return
         rows = o.detach().as_subclass(Tensor).float().flatten(1)
         runs.setdefault(m, []).append((tuple(o.shape), torch.stack([rows.abs().sum(1), rows.square().sum(1)])))
-    with register_module_forward_hook(record): model(*xb)
+    with every_output(record): model(*xb)
     return runs
 
 def _changed(a, b): # which rows are others

@@ -119,6 +119,7 @@ def image_dl(
     return dl
 
 # %% ../../nbs/20_data.images.ipynb #im000063
+@no_trace
 def item_dl(
     dls:DataLoaders, # A Learner's
     items:list, # Each as in `dls.valid_ds.items`, with a label or without; a tuple also stands for a list
@@ -132,9 +133,8 @@ def item_dl(
     if len(items)<=kwargs['bs']: kwargs['num_workers'] = 0
     if getattr(dls.valid_ds, 'n_inp', 1)>1 and isinstance(dls.valid_ds, Datasets): kwargs['rm_type_tfms'] = 0 # one file is no pair of itself
     try:
-        with keep_random():
-            dl = dls.test_dl(items, **kwargs)
-            dl.dataset[0]
+        dl = own_dl(dls.test_dl, items, **kwargs)
+        dl.dataset[0]
     except Exception as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
         raise ValueError(f"an item cannot be read ({reason}): this Learner takes several inputs, so pass items as those in "
