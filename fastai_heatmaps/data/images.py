@@ -119,6 +119,7 @@ def image_dl(
     return dl
 
 # %% ../../nbs/20_data.images.ipynb #im000063
+@no_trace
 def item_dl(
     dls:DataLoaders, # A Learner's
     items:list, # Each as in `dls.valid_ds.items`, with a label or without; a tuple also stands for a list
