@@ -483,6 +483,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'fastai_heatmaps.data.photo._lattice': ( 'data.photo.html#_lattice',
                                                                                      'fastai_heatmaps/data/photo.py'),
                                             'fastai_heatmaps.data.photo._mark': ('data.photo.html#_mark', 'fastai_heatmaps/data/photo.py'),
+                                            'fastai_heatmaps.data.photo._open': ('data.photo.html#_open', 'fastai_heatmaps/data/photo.py'),
                                             'fastai_heatmaps.data.photo._send': ('data.photo.html#_send', 'fastai_heatmaps/data/photo.py'),
                                             'fastai_heatmaps.data.photo._told': ('data.photo.html#_told', 'fastai_heatmaps/data/photo.py'),
                                             'fastai_heatmaps.data.photo.on_photo': ( 'data.photo.html#on_photo',

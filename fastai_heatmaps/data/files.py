@@ -96,7 +96,7 @@ def _coloured(m, cmap, vmin, vmax): # a map in grey and in colours, black where 
     m = np.clip((np.where(seen, m, 0)-vmin) / (vmax-vmin), 0, 1)
     cmap = plt.get_cmap(cmap)
     table = np.rint(255*cmap(np.arange(cmap.N))[:,:3]).astype(np.uint8)
-    colours = table[np.minimum(m*cmap.N, cmap.N-1).astype(int)]
+    colours = table.take(np.minimum(m*cmap.N, cmap.N-1).astype(int), 0)
     return np.rint(255*m).astype(np.uint8), colours*seen[...,None], np.uint8(255)*seen
 
 # %% ../../nbs/24_data.files.ipynb #6be3598c

@@ -15,7 +15,7 @@ from .images import Images
 from .photo import on_photo
 from .draw import color_scale, show_overlay, wrap_title, new_panels, closed_on_error
 from copy import copy
-import io, PIL.ImageOps
+import io
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
 class Heatmaps:
@@ -167,8 +167,7 @@ def view(self:Heatmaps,
     if on=='input': return self.image(i),maps
     if on!='original':
         raise ValueError(f"on is {on!r}; expected 'input', what the model saw, or 'original', the photo as it was opened")
-    photo,grid = self.images.photo(i)
-    if limit and max(photo.size)>limit: photo = PIL.ImageOps.contain(photo, (limit, limit))
+    photo,grid = self.images.photo(i, limit)
     if photo.mode not in ('L', 'RGB'): photo = photo.convert('RGB')
     img = image2tensor(photo).float()/255
     mode = interpolation if interpolation in ('nearest', 'bicubic') else 'bilinear'

@@ -7,6 +7,7 @@ __all__ = ['photo_strips', 'on_photo', 'original']
 
 # %% ../../nbs/21_data.photo.ipynb #9247ed4f
 from fastai.vision.all import *
+import PIL.ImageOps
 from ..core.no_trace import keep_random
 from .images import Images
 
@@ -82,41 +83,50 @@ def _told(grey, seen): # how much of the variance of `seen` (channels, rows, col
     grey,seen = F.one_hot(grey[there], 4).float(),seen[:,there]
     n = grey.sum(0)
     if not n.all(): return 0.
-    mid = torch.stack([seen[:,g>0].median(1).values for g in grey.T], 1)
-    seen = seen.clamp(mid.amin(1, keepdim=True), mid.amax(1, keepdim=True))
+    least,most = [seen.kthvalue(math.ceil(q*len(grey)), 1, keepdim=True).values for q in (.1,.9)]
+    seen = seen.clamp(least, most)
     seen = seen-seen.mean(1, keepdim=True)
     told = ((seen@grey)**2/n).sum(1)
     return float((told/(seen**2).sum(1)).nan_to_num(0).max())
 
+# %% ../../nbs/21_data.photo.ipynb #ph000025
+def _open(dl, i): # the photo at place `i` in `dl.dataset`, a PIL image
+    with keep_random(): o = dl.dataset[i]
+    im = o[0] if isinstance(o, tuple) else o
+    if hasattr(dl, 'after_item') and isinstance(im, Image.Image): return im
+    raise ValueError("on='original' follows photos through fastai's transforms, "
+                     f"and this {type(dl).__name__} has a {type(im).__name__}: leave `on` out")
+
 # %% ../../nbs/21_data.photo.ipynb #1bf2bebb
 def original(
     dl:DataLoader, # With the transforms that the photo went through
-    i:int # The photo's place in `dl.dataset`
+    i:int, # The photo's place in `dl.dataset`
+    limit:int=None # Longest side of the photo that is returned, in pixels; None = as it is
 ) -> tuple: # The photo as it was opened, a PIL image; (1, 2, 33, 33): the x and y, in the model's input, of a lattice of points over it
     "Open photo `i`, and find where the transforms of `dl` took its points"
     if dl is None:
         raise ValueError("on='original' needs the photos: pass load_heatmaps the DataLoader that they came from, such as learn.dls.valid")
-    o = dl.dataset[i]
-    im = o[0] if isinstance(o, tuple) else o
-    if not hasattr(dl, 'after_item') or not isinstance(im, Image.Image):
-        raise ValueError("on='original' follows photos through fastai's transforms, "
-                         f"and this {type(dl).__name__} has a {type(im).__name__}: leave `on` out")
+    im = _open(dl, i)
     with keep_random(): x,grid = _send(dl, im)
     if x.dim()!=4: raise ValueError(f"on='original' needs transforms that make one picture of a photo, not {tuple(x.shape)}: leave `on` out")
     mark,grey = _mark(im, grid, *x.shape[-2:])
+    small = PIL.ImageOps.contain(im, (limit, limit)) if limit and max(im.size)>limit else None
+    del im
     with keep_random(): x,there = _send(dl, mark)
+    del mark
     if _told(grey, on_photo(x[0], there, grey.shape))<.2:
         raise ValueError("on='original' cannot tell where the points of a photo are in what the model saw: one of the transforms moves pictures "
                          "but no points, or blurs them too much; give it an `encodes` for TensorPoint, or leave `on` out")
-    return im,grid
+    return small or _open(dl, i),grid
 
 # %% ../../nbs/21_data.photo.ipynb #ph000001
 @patch
-def photo(self:Images, i):
+def photo(self:Images, i, limit=None):
     "Open photo `i`, and find where its points are in what the model saw, as `original`"
-    im,grid = original(self.dl, self.idxs[i])
-    if not getattr(self.dl.dataset, 'split_idx', None):
-        with keep_random(): draws = [_send(self.dl, im)[1] for _ in range(9)]
+    dl,place = self.dl,self.idxs[i]
+    im,grid = original(dl, place, limit)
+    if not getattr(dl.dataset, 'split_idx', None):
+        with keep_random(): draws = [_send(dl, _open(dl, place))[1] for _ in range(9)]
         if not all(torch.allclose(o, grid, atol=1e-3) for o in draws):
             raise ValueError("on='original' needs transforms that move a photo alike each time, and those of a training do not: "
                              "pass dl=learn.dls.test_dl(items), or leave `on` out")
