@@ -116,9 +116,9 @@ def _pictures(hm, i, on, alpha, interpolation, scales): # `_kinds` of each map o
         yield colours
 
 # %% ../../nbs/24_data.files.ipynb #ph000023
-def _write(pics, files, fmt): # write each of `pics` to its file
+def _write(pics, files, fmt): # write each of `pics` to its file; overlays as PNG are no larger by this, and done in a sixth of the time
     for pic,file in zip(pics, files):
-        with whole_file(file) as tmp: pic.save(tmp, _formats[fmt], compress_type=Z_RLE) # PNGs of photos no larger, in a sixth of the time
+        with whole_file(file) as tmp: pic.save(tmp, _formats[fmt], compress_type=Z_RLE)
 
 # %% ../../nbs/24_data.files.ipynb #fi000012
 def _check_folder(folder, rows, fresh): # may the pictures of `rows` be written there? `fresh`: not over others
