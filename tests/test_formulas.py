@@ -70,8 +70,8 @@ by_hand = {
     'finercam': [[[1.1,1.1],[2.2,4.4]], [[-1.3,-1.3],[-2.6,-5.2]]],
     # the masks are (0, 1/3, 2/3, 1) and (0, 1, 1, 0); class 0 scores them -2/3+4 and -2, class 1 -2/3-2-4 and -5
     'scorecam': [[[s,2*s+1-s],[3*s+1-s,4*s]] for s in (s0,s1)],
-    # class 0: 3 falls by 5 without the first channel, and rises by 2 without the second; class 1: -10 to 0, and stays
-    'ablationcam': [[[5/3,10/3-2/3],[5-2/3,20/3]], [[1.,2.],[3.,4.]]],
+    # class 0: 3 falls by 5 without the first channel, and rises by 2 without the second; class 1: -10 rises by 10 to 0, and stays
+    'ablationcam': [[[5/3,10/3-2/3],[5-2/3,20/3]], [[-1.,-2.],[-3.,-4.]]],
     # from here on the picture is what `activations` is above: the body passes it on
     'saliency': [[[1.,2.],[0.,1.]], [[4.,1.],[1.,1.]]],
     'smoothgrad': [[[1.,2.],[0.,1.]], [[4.,1.],[1.,1.]]],
@@ -626,7 +626,7 @@ def ablation_as_loops(model, layer, x, a, c, prefix=None):
     y,w = score(model, x, c),[]
     for k in range(len(a)):
         hook = layer.register_forward_hook(Without(k, prefix))
-        w.append((y-score(model, x, c))/y)
+        w.append((y-score(model, x, c))/abs(y))
         hook.remove()
     return sum(o*b for o,b in zip(w, a))
 

@@ -432,7 +432,7 @@ def test_ablation(kind):
             else: o[:,dict(vit=1, deit=2)[kind]:,k] = 0
             return o
         h = layer.register_forward_hook(silence)
-        with torch.no_grad(): want = want + ((y-model(x))/y)[:,1,None,None]*a[:,k]
+        with torch.no_grad(): want = want + ((y-model(x))/y.abs())[:,1,None,None]*a[:,k]
         h.remove()
     close_maps(model_heatmaps(model, x, cls=1, method='ablationcam', relu=False, bs=7)[0][:,0], want)
 

@@ -308,7 +308,7 @@ def test_ablation_in_a_segmentation(seg):
             o[:,k] = 0
             return o
         h = layer.register_forward_hook(without, prepend=True)
-        for k in range(64): drops.append(1-seg.model(x).as_subclass(Tensor)[0,1][on].mean()/out[1][on].mean())
+        for k in range(64): drops.append((out[1][on].mean()-seg.model(x).as_subclass(Tensor)[0,1][on].mean())/out[1][on].mean().abs())
         h.remove()
     got = model_heatmaps(seg.model, x, cls=1, layer='layers.0.2', method='ablationcam', relu=False, bs=8)[0]
     same(got[0,0], (torch.stack(drops)[:,None,None]*acts[0]).sum(0))
@@ -491,13 +491,11 @@ def test_a_learner_with_two_inputs(pics):
 
 
 def test_new_items_for_a_learner_with_two_inputs(pics):
-    "A file alone does not say what the second input is, and an item of three parts is not silently cut"
+    "An item is what the DataLoaders make all inputs of, here a file; one of three parts is not silently cut"
     learn = Learner(task_dls(pics, RegressionBlock(n_out=2), CategoryBlock, getters=[noop, meta, label], n_inp=2), Joint(), loss_func=CrossEntropyLossFlat())
     f = sorted_files(pics)[3]
-    one_line(lambda: learn.show_gradcam(f))
     one_line(lambda: learn.show_gradcam(learn.dls.valid_ds[0]))
-    dl = learn.dls.test_dl([f])
-    same(learn.get_heatmaps(dl=dl, cls=0).maps, learn.get_heatmaps(cls=0)[3].maps)
+    for items in (dict(dl=learn.dls.test_dl([f])), dict(items=f)): same(learn.get_heatmaps(**items, cls=0).maps, learn.get_heatmaps(cls=0)[3].maps)
 
 
 class Siamese(nn.Module):
@@ -506,7 +504,7 @@ class Siamese(nn.Module):
 
 
 def test_two_pictures(pics):
-    "The pixels of the first are explained; of a body that both go through, the last call, which is the second"
+    "The pixels of the first are explained; of a body that both go through, the call that belongs to the input asked for"
     set_seed(7)
     learn = Learner(task_dls(pics, ImageBlock, CategoryBlock, getters=[noop, other_image, label], n_inp=2), Siamese(), loss_func=CrossEntropyLossFlat())
     a,b = valid(learn),valid(learn, 1)
@@ -515,8 +513,9 @@ def test_two_pictures(pics):
     g, = torch.autograd.grad(learn.model.eval()(a, b)[:,1].sum(), a)
     same(hm.maps[:,0], g.abs().amax(1))
     same(hm.image(0), a[0].detach())
-    hm = learn.get_heatmaps(cls='Red', relu=False)
+    hm = learn.get_heatmaps(cls='Red', relu=False, input=1) # the last call, which is the one that `by_hand` keeps
     same(hm.maps[:,0], by_hand(learn.model, learn.model.body, lambda o: o[:,1], a.detach(), b))
+    same(hm.image(0), b[0])
     assert drawn(hm)[0].startswith('Red')
 
 

@@ -87,23 +87,17 @@ def _write_pictures(a, learn, files, written): # returns how many images were do
     return done
 
 # %% ../../nbs/73_cli.main.ipynb #c1000025
-def _empty_store(folder): # for a new run
-    for o in folder.glob('part-*.npz'): o.unlink()
-    (folder/'manifest.json').unlink(missing_ok=True)
-
 def _write_numbers(a, learn, files, written): # as `_write_pictures`
-    from fastai_heatmaps.data.store import open_store
+    from fastai_heatmaps.data.store import FolderTaken
     from fastai_heatmaps.learner.core import plan_heatmaps, write_heatmaps
     request = _request(a, learn)
-    folder = Path(a.out)
     files = readable(files, _shows_bars(a))
     if not files: return 0
     images,explain,about = plan_heatmaps(learn, files, **request)
     run = about()
-    if a.overwrite: _empty_store(folder)
-    try: todo = open_store(folder, run)
-    except ValueError as e: raise FileExistsError(f'{e}, or add --overwrite') from None
-    write_heatmaps(folder, todo, images, explain, lambda start, hm: written(hm, files[start:start+len(hm)]))
+    def tell_part(start, hm): written(hm, files[start:start+len(hm)])
+    try: write_heatmaps(Path(a.out), images, explain, run, a.overwrite, tell_part)
+    except FolderTaken as e: raise FileExistsError(str(e).replace('or delete this one', 'or add --overwrite')) from None
     return len(files)
 
 # %% ../../nbs/73_cli.main.ipynb #c1000020

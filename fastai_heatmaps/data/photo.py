@@ -8,7 +8,7 @@ __all__ = ['photo_strips', 'on_photo', 'original']
 # %% ../../nbs/21_data.photo.ipynb #9247ed4f
 from fastai.vision.all import *
 import PIL.ImageOps
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace, random_numbers
 from .images import Images
 
 # %% ../../nbs/21_data.photo.ipynb #ph000002
@@ -91,13 +91,14 @@ def _told(grey, seen): # how much of the variance of `seen` (channels, rows, col
 
 # %% ../../nbs/21_data.photo.ipynb #ph000025
 def _open(dl, i): # the photo at place `i` in `dl.dataset`, a PIL image
-    with keep_random(): o = dl.dataset[i]
+    o = dl.dataset[i]
     im = o[0] if isinstance(o, tuple) else o
     if hasattr(dl, 'after_item') and isinstance(im, Image.Image): return im
     raise ValueError("on='original' follows photos through fastai's transforms, "
                      f"and this {type(dl).__name__} has a {type(im).__name__}: leave `on` out")
 
 # %% ../../nbs/21_data.photo.ipynb #1bf2bebb
+@no_trace
 def original(
     dl:DataLoader, # With the transforms that the photo went through
     i:int, # The photo's place in `dl.dataset`
@@ -107,12 +108,14 @@ def original(
     if dl is None:
         raise ValueError("on='original' needs the photos: pass load_heatmaps the DataLoader that they came from, such as learn.dls.valid")
     im = _open(dl, i)
-    with keep_random(): x,grid = _send(dl, im)
+    same_numbers = random_numbers()
+    x,grid = _send(dl, im)
     if x.dim()!=4: raise ValueError(f"on='original' needs transforms that make one picture of a photo, not {tuple(x.shape)}: leave `on` out")
     mark,grey = _mark(im, grid, *x.shape[-2:])
     small = PIL.ImageOps.contain(im, (limit, limit)) if limit and max(im.size)>limit else None
     del im
-    with keep_random(): x,there = _send(dl, mark)
+    same_numbers()
+    x,there = _send(dl, mark)
     del mark
     if _told(grey, on_photo(x[0], there, grey.shape))<.2:
         raise ValueError("on='original' cannot tell where the points of a photo are in what the model saw: one of the transforms moves pictures "
@@ -121,12 +124,15 @@ def original(
 
 # %% ../../nbs/21_data.photo.ipynb #ph000001
 @patch
+@no_trace
 def photo(self:Images, i, limit=None):
     "Open photo `i`, and find where its points are in what the model saw, as `original`"
+    if self.input:
+        raise ValueError(f"on='original' follows the first of several pictures only, and these maps are of input {self.input}: leave `on` out")
     dl,place = self.dl,self.idxs[i]
     im,grid = original(dl, place, limit)
     if not getattr(dl.dataset, 'split_idx', None):
-        with keep_random(): draws = [_send(dl, _open(dl, place))[1] for _ in range(9)]
+        draws = [_send(dl, _open(dl, place))[1] for _ in range(9)]
         if not all(torch.allclose(o, grid, atol=1e-3) for o in draws):
             raise ValueError("on='original' needs transforms that move a photo alike each time, and those of a training do not: "
                              "pass dl=learn.dls.test_dl(items), or leave `on` out")

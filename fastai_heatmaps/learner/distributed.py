@@ -76,7 +76,7 @@ def join_heatmaps(
     if dl is None and len({id(getattr(p.dl, 'dataset', None)) for p in parts})>1:
         raise ValueError("these heatmaps are of several datasets: make them from one, or pass dl and idxs")
     images = Images.join([p.images for p in parts])
-    if dl is not None or idxs is not None: images = Images(ifnone(dl, images.dl), ifnone(idxs, images.idxs))
+    if dl is not None or idxs is not None: images = Images(ifnone(dl, images.dl), ifnone(idxs, images.idxs), input=images.input)
     return Heatmaps.join(parts, images)
 
 # %% ../../nbs/33_learner.distributed.ipynb #7e9991af
@@ -129,5 +129,5 @@ def distrib_heatmaps(self:Learner,
         what = dict(dl=images.part(rows).dl) if items is None else dict(items=[items[i] for i in rows])
         part_cls = cls[rows] if is_per_image(cls) else cls
         hm = learn.get_heatmaps(cls=part_cls, bs=bs, out=out and Path(out)/f'process-{me}', **what, **kwargs)
-        return hm.replace(images=Images(None, hm.idxs)) # its DataLoader is not sent to the others
+        return hm.replace(images=Images(None, hm.idxs, input=hm.images.input)) # its DataLoader is not sent to the others
     return join_heatmaps([o for o in gathered(explain) if o is not None], images.dl, images.idxs)

@@ -7,7 +7,7 @@ __all__ = ['split_kwargs']
 
 # %% ../../nbs/32_learner.show.ipynb #sh000003
 from fastai.vision.all import *
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace
 from ..data.images import Images, as_items
 from ..data.heatmaps import Heatmaps
 from .run import shadow
@@ -26,20 +26,22 @@ def split_kwargs(
 # %% ../../nbs/32_learner.show.ipynb #3f0761dc
 @patch
 @delegates(Heatmaps.show, but='i', keep=True)
+@no_trace
 def show_heatmap(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the `topk` predicted; a class by name or index, or a list of them: one panel each; 'targ' = the label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them whose maps are fused
-    relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
+    relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     topk:int=1, # How many of the most likely classes, if `cls` is None
+    input:int=0, # Which of the model's inputs is explained and shown, where it takes several
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Show why the model sees `cls` in `img`, by any method"
     if isinstance(img, (list, L)):
-        raise ValueError("expected one image; for a list of them use plot_heatmap_grid or get_heatmaps")
+        raise ValueError("expected one image, or an item of several as a tuple; for a list of them use plot_heatmap_grid or get_heatmaps")
     looks,options = split_kwargs(kwargs, Heatmaps.show)
-    return self.get_heatmaps([img], cls, method, layer, relu, topk, **options).show(**looks)
+    return self.get_heatmaps([img], cls, method, layer, relu, topk, input=input, **options).show(**looks)
 
 # %% ../../nbs/32_learner.show.ipynb #1e517e30
 @patch
@@ -48,7 +50,7 @@ def show_gradcam(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the predicted class; a class by name or index, or a list of them: one panel each; 'targ' = the label
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them whose maps are fused
-    relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
+    relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Show where the evidence for `cls` lies in `img`: Grad-CAM (Selvaraju et al. 2016, arXiv 1610.02391)"
@@ -71,7 +73,7 @@ def show_saliency(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the predicted class; a class by name or index, or a list of them: one panel each; 'targ' = the label
     method='saliency', # Or 'gradient_x_input', 'smoothgrad', 'integrated_gradients', 'guided_backprop', 'deconvnet', 'guided_gradcam'
-    relu:bool=True, # Keep evidence for the class only? If not, blue is evidence against it; 'saliency' and its like have no sign
+    relu:bool=None, # As in `get_heatmaps`: blue is evidence against the class; 'saliency' and its like have no sign
     alpha=1., # Opacity of the map: at 1 it hides the photo
     **kwargs
 ): # The Axes, or an array of them for several classes
@@ -87,7 +89,7 @@ def show_occlusion(self:Learner,
     window=None, # Size in pixels of the model's input: a number, or (height, width); None = a seventh of the shorter side
     stride=None, # How far it moves, likewise; None = half a window
     fill=0., # What the window shows: a number, in the values that the model takes, 'mean', 'blur', or a tensor
-    relu:bool=True, # Keep what lowers the score when it is hidden? If not, blue is what raises it
+    relu:bool=None, # Keep only what lowers the score when it is hidden? If not, blue is what raises it; None = yes for classes, no for numbers
     bs:int=None, # How many changed images are run at once; None = 64, or 16 on a CPU
     **kwargs
 ): # The Axes, or an array of them for several classes
@@ -101,16 +103,17 @@ def _choose(total, n, seed): # `n` places out of `total`, or all of them if ther
 # %% ../../nbs/32_learner.show.ipynb #dcf6e6f6
 @patch
 @delegates(Heatmaps.plot, keep=True)
-@keep_random()
+@no_trace
 def plot_heatmap_grid(self:Learner,
     items=None, # Images, as for `get_heatmaps`; None = the validation set
     n:int=8, # How many of them, chosen at random if there are more
     cls=None, # As in `get_heatmaps`
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`
-    relu:bool=True, # Keep evidence for the class only?
+    relu:bool=None, # Keep evidence for the class only? None = yes for classes, no for numbers
     seed:int=None, # Of the choice: the same seed shows the same images; None = others each time, in spite of `set_seed`
     topk:int=1, # How many of the most likely classes, if `cls` is None
+    input:int=0, # Which of the model's inputs is explained and shown, where it takes several
     **kwargs
 ): # An array of Axes, rows × columns
     "Show images of the validation set, each beside its heatmaps, titled in green if the model is right and in red if it is wrong"
@@ -119,7 +122,7 @@ def plot_heatmap_grid(self:Learner,
     total = len(self.dls.valid_ds if items is None else items)
     idxs = _choose(total, n, seed)
     looks,options = split_kwargs(kwargs, Heatmaps.plot)
-    options = dict(cls=cls, method=method, layer=layer, relu=relu, topk=topk, **options)
+    options = dict(cls=cls, method=method, layer=layer, relu=relu, topk=topk, input=input, **options)
     if items is not None: return self.get_heatmaps([items[i] for i in idxs], **options).plot(**looks)
     valid = Images(shadow(self).dls.valid, range(total))
     if not hasattr(valid.dl, 'new'):
