@@ -13,7 +13,7 @@ from ..core.no_trace import no_trace
 from ..core.layers import layer_names
 from ..core.tasks import tasks
 from .images import Images
-from .photo import on_photo, check_alike
+from .photo import on_photo
 from .draw import color_scale, show_overlay, wrap_title, new_panels
 from copy import copy
 import io
@@ -165,17 +165,13 @@ def view(self:Heatmaps,
     limit=None # Longest side of a photo, in pixels; None = as it is
 ) -> tuple: # The image (channels, H, W) in 0 to 1; its maps (k, h, w), NaN where the model did not see a photo
     "Get an image, and its maps to lie over it"
-    seen,maps = self.image(i),self.maps[i].float()
-    if on=='input': return seen,maps
+    maps = self.maps[i].float()
+    if on=='input': return self.image(i),maps
     if on!='original':
         raise ValueError(f"on is {on!r}; expected 'input', what the model saw, or 'original', the photo as it was opened")
-    photo,grid = self.images.photo(i)
-    if limit:
-        photo = photo.copy() # it may be the user's own
-        photo.thumbnail((limit, limit))
+    photo,grid = self.images.photo(i, limit)
     if photo.mode not in ('L', 'RGB'): photo = photo.convert('RGB')
     img = image2tensor(photo).float()/255
-    check_alike(img, seen, grid)
     mode = interpolation if interpolation in ('nearest', 'bicubic') else 'bilinear'
     return img,on_photo(maps, grid, img.shape[-2:], mode)
 
@@ -204,12 +200,13 @@ def draw(self:Heatmaps,
     interpolation='bilinear', # As in matplotlib's `imshow`
     truth=True, # Name the true class too, where it is known?
     same_scale=False, # One colour scale for all the maps of these `Heatmaps`?
-    maps=None # As from `view`; None = those of image `i`
+    maps=None, # As from `view`; None = those of image `i`
+    scales=None # As from `scales`, instead of `cmap` and `same_scale`; for many images they are made once
 ):
     "Draw the maps of image `i` over it, each titled with its class"
     maps = ifnone(maps, self.maps[i].float())
-    scales = self.scales(cmap, same_scale)(i)
-    for j,(ax,m,scale) in enumerate(zip(axs, maps, scales)):
+    scales = scales or self.scales(cmap, same_scale)
+    for j,(ax,m,scale) in enumerate(zip(axs, maps, scales(i))):
         show_overlay(img, m, ax, alpha, interpolation=interpolation, **scale)
         wrap_title(ax, *self.title(i, j, truth))
 
@@ -258,6 +255,7 @@ def plot(self:Heatmaps,
     n,k = len(self),self.cls.shape[1]
     if not n: raise ValueError("there are no heatmaps to draw")
     views = [self.view(i, on, kwargs.get('interpolation', 'bilinear'), limit=1024) for i in range(n)]
+    scales = self.scales(kwargs.get('cmap'), kwargs.get('same_scale', False))
     ncols = min(n, ncols or max(1, 4//(k+1)))
     cols = ncols*(k+1)
     width = 12/max(cols, 4)
@@ -267,7 +265,7 @@ def plot(self:Heatmaps,
     for i,((img,maps),(first,*rest)) in enumerate(zip(views, axs.reshape(-1, k+1))):
         show_image(img, ctx=first, cmap='gray')
         if self.targs is not None: wrap_title(first, [self.truth(i)])
-        self.draw(i, img, rest, truth=False, maps=maps, **kwargs)
+        self.draw(i, img, rest, truth=False, maps=maps, scales=scales, **kwargs)
     return axs
 
 # %% ../../nbs/23_data.heatmaps.ipynb #e8d712cc
