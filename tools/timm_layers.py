@@ -13,7 +13,7 @@ from fastai_heatmaps.core.passes import model_heatmaps
 from fastai_heatmaps.methods.cam import gradcam
 
 sizes = 'atto femto pico nano zepto xxs xxt xxsmall tiny xs t0 s0 m0 b0 xsmall t1 t s small mini - base large huge giant'.split()
-left_out = 'aimv2 beit3 csatv2 deepseek gemma4 mobilenetv5 nasnetalarge pnasnet qwen3 test'.split() # too large, no picture classifiers, or made for timm's own tests
+left_out = 'aimv2 beit3 csatv2 deepseek gemma4 mobilenetv5 nasnetalarge pnasnet qwen3 sam sam2 samvit test'.split() # too large, no picture classifiers, or made for timm's own tests
 places = [(y,x) for y in (.2,.5,.8) for x in (.2,.5,.8)]
 
 
