@@ -44,7 +44,7 @@ def test_metadata():
 
 def test_package_is_what_the_notebooks_export(copy):
     for f in (copy/'fastai_heatmaps').rglob('*.py'):
-        if f.name not in ('__init__.py', 'all.py'): f.unlink()
+        if f.name not in ('__init__.py', '__main__.py', 'all.py'): f.unlink()
     subprocess.run([tool('nbdev-export')], cwd=copy, check=True)
     assert contents(copy/'fastai_heatmaps', '*.py')==contents(root/'fastai_heatmaps', '*.py'), 'run nbdev-export'
 
