@@ -103,7 +103,7 @@ def _write_numbers(a, learn, files, written): # as `_write_pictures`
     files = readable(files, _shows_bars(a))
     if not files: return 0
     images,explain,about = plan_heatmaps(learn, dl=image_dl(learn.dls, files, a.bs, a.upright), **request)
-    run = dict(about(), upright=a.upright)
+    run = dict(upright=a.upright, **about())
     if a.overwrite: _empty_store(folder)
     try: todo = open_store(folder, run)
     except ValueError as e: raise FileExistsError(f'{e}, or add --overwrite') from None
