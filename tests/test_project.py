@@ -1,6 +1,7 @@
 "What is written twice agrees, the package is what the notebooks export, and the notebooks run."
 import json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
+from importlib.util import module_from_spec, spec_from_file_location
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def test_metadata():
     assert set(rows('requirements')) <= set(d.requires)
     for extra in ('demo', 'distrib', 'explore', 'dev'): assert len([o for o in d.requires if re.search(f'extra == .{extra}', o)])==len(rows(f'{extra}_requirements'))
     assert f"## {cfg['version']}" in (root/'CHANGELOG.md').read_text('utf-8')
+
+
+def test_bounds():
+    "Each requirement, also of the extras, says from which version on; and tools/oldest.py tries just these"
+    spec = spec_from_file_location('oldest', root/'tools'/'oldest.py')
+    oldest = module_from_spec(spec)
+    spec.loader.exec_module(oldest)
+    keys = [k for k in cfg if k.endswith('requirements')]
+    assert {*oldest.users, 'dev_requirements'}=={*keys} and len(keys)==5
+    for k in keys:
+        wanted = [o for o in rows(k) if not o.startswith('fastai_heatmaps')]
+        got = oldest.bounds(oldest.settings(), k)
+        assert len(wanted)==len(got) and all(re.match(rf'{name}>={version}(;|$)', o) for o,(name,version) in zip(wanted, got.items())), got
+    assert oldest.bounds({**cfg, 'requirements': 'a\nb>=2.1,<3\nfastai_heatmaps[demo]'}, 'requirements')=={'a': None, 'b': '2.1'}
+    for o in oldest.user_tests+oldest.dev_tests: assert (root/'tests'/f'test_{o}.py').exists()
 
 
 def test_package_is_what_the_notebooks_export(copy):
