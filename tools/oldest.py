@@ -7,8 +7,8 @@ from pathlib import Path
 root = Path(__file__).absolute().parents[1]
 users = 'requirements','demo_requirements','distrib_requirements','explore_requirements'
 # Developers' packages need newer ones of some of the users', so the users' are tried first, by tests that need pytest alone
-user_tests = 'formulas core tasks models inputs geometry files exif bad_input interpret explore distributed samples'.split()
-dev_tests = 'peers cli project contributing'.split()
+user_tests = 'formulas core models files exif explore samples'.split()
+dev_tests = 'peers cli contributing'.split()
 
 def settings():
     "What settings.ini says"
