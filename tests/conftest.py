@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption('--nb-flags', default='', help='nbdev test flags to run that are left out otherwise, such as "slow"')
+    parser.addoption('--all-lines', action='store_true', help='interrupt calls at all of their lines, rather than a sample of them')
 
 
 def pytest_collection_finish(): gc.freeze() # all that the tests import is not looked at again

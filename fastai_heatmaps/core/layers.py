@@ -8,11 +8,9 @@ __all__ = ['tensors_in', 'recorded_shapes', 'output_shapes', 'layer_shapes', 'as
 
 # %% ../../nbs/02_core.layers.ipynb #87148aea
 from fastai.basics import *
-from .no_trace import quiet
-from .hooks import leaf_hooks
-from torch.nn.modules.module import register_module_forward_hook
+from .no_trace import quiet, no_trace
+from .hooks import leaf_hooks, every_output
 from difflib import get_close_matches
-import threading
 
 # %% ../../nbs/02_core.layers.ipynb #ly000001
 def tensors_in(
@@ -29,15 +27,16 @@ def recorded_shapes(
     model:nn.Module # Any model
 ):
     "Record the output's shape of each layer that puts out one tensor, in the order in which they finish; '' is the model itself"
-    names,thread,shapes = {m:n for n,m in model.named_modules()},threading.get_ident(),{}
+    names,shapes = {m:n for n,m in model.named_modules()},{}
     def record(m, i, o):
         if m is model: o = next(iter(tensors_in(o)), None) # of several tensors the first counts
-        if threading.get_ident()!=thread or m not in names or not isinstance(o, Tensor): return
+        if m not in names or not isinstance(o, Tensor): return
         shapes.pop(names[m], None) # a layer that runs twice has finished only now
         shapes[names[m]] = tuple(o.shape)
-    with register_module_forward_hook(record): yield shapes
+    with every_output(record): yield shapes
 
 # %% ../../nbs/02_core.layers.ipynb #ly000003
+@no_trace
 def output_shapes(
     model:nn.Module, # Any model
     *xb:Tensor # Its inputs, of which the first image is used
@@ -139,6 +138,7 @@ def _deepest(maps): # of a model whose answer is a map too: the smallest maps, a
     return {n:s for n,s in maps.items() if s[1]==most}
 
 # %% ../../nbs/02_core.layers.ipynb #67903ebe
+@no_trace
 def default_layer(
     model:nn.Module, # Any model
     *xb:Tensor # Its inputs, which are not needed for a body and a head

@@ -49,7 +49,7 @@ def in_mask(
     mask # (H, W): True or 1 for the pixels of the model's output that count
 ) -> callable: # To be passed as `score`
     "Make a `score` for segmentation: each class's logits, averaged over the pixels of `mask`"
-    mask = torch.as_tensor(np.asarray(mask)).float()
+    with torch.inference_mode(False): mask = torch.as_tensor(np.asarray(mask)).float() # autograd is to know it
     if mask.ndim!=2 or not mask.any():
         raise ValueError(f"the mask is {tuple(mask.shape)}, with {int(mask.count_nonzero())} pixels that count; "
                          "expected (H, W) with at least one")
@@ -96,6 +96,7 @@ class Task:
     name = 'class'
     one_class = True # is one class predicted for each image?
     ranked = True # does a larger number make a class more likely?
+    signed = False # does evidence against it mean as much as evidence for it, so that maps keep both?
 
     def fits(self, pred, targs, vocab, loss_func, score):
         "Is it this task, as far as can be told from a batch?"
@@ -166,6 +167,7 @@ class Numbers(Task):
     "The numbers of a regression, or the coordinates of points"
     name = 'numbers'
     one_class = ranked = False
+    signed = True
 
     def fits(self, pred, targs, vocab, loss_func, score):
         return _is_loss(loss_func, _distances) or vocab is None and targs is not None and targs.is_floating_point()
@@ -181,7 +183,7 @@ class Numbers(Task):
 class Pixels(Numbers):
     "A class for each pixel"
     name = 'pixels'
-    ranked = True
+    ranked,signed = True,False
 
     def fits(self, pred, targs, vocab, loss_func, score): return is_dense(pred) and score is None
 

@@ -8,6 +8,7 @@ __all__ = ['whole_file', 'file_names', 'add_rows', 'marked_exif']
 # %% ../../nbs/24_data.files.ipynb #fi000003
 from fastai.vision.core import *
 from fastai.basics import *
+from ..core.no_trace import no_trace
 from .heatmaps import Heatmaps
 from .. import __version__
 from itertools import count
@@ -104,6 +105,7 @@ def _check_folder(folder, rows, fresh): # may the pictures of `rows` be written 
 
 # %% ../../nbs/24_data.files.ipynb #e71cf53a
 @patch
+@no_trace
 def save(self:Heatmaps,
     folder, # It is made if it does not exist
     fmt:str='png', # Of the pictures: 'png', 'jpg' or 'webp'

@@ -9,11 +9,12 @@ __all__ = ['Heatmaps']
 from fastai.vision.core import *
 from fastai.vision.data import *
 from fastai.basics import *
+from ..core.no_trace import no_trace
 from ..core.layers import layer_names
 from ..core.tasks import tasks
 from .images import Images
 from .photo import on_photo, check_alike
-from .draw import color_scale, show_overlay, wrap_title, new_panels, closed_on_error
+from .draw import color_scale, show_overlay, wrap_title, new_panels
 from copy import copy
 import io
 
@@ -90,7 +91,7 @@ def of(cls:Heatmaps,
     ran, # A `Pass`
     method, # A `Method`
     idxs:Tensor, # (n, k): the classes to explain
-    relu:bool=True, # Keep evidence for the class only?
+    relu:bool=None, # Keep evidence for the class only? None = yes for classes, no for numbers
     images:Images=None, # Those of this batch
     dtype=torch.float32 # Of the maps
 ) -> Heatmaps: # On the CPU
@@ -129,6 +130,7 @@ def notes(self:Heatmaps, i, j=0):
     "List what has to be said of a map besides its class: that it is empty, and what the method reports"
     m,notes = self.maps[i][j],[]
     if not m.isfinite().all(): notes.append('(no map: its values are not finite)')
+    elif m.signbit().any() and not m.any(): notes.append('(no evidence for it: relu=False shows that against it)')
     elif not m.any(): notes.append('(no evidence: the map is flat)')
     return notes + [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()]
 
@@ -222,6 +224,7 @@ def _class_panels(img, k, figsize=None): # a figure with `k` Axes of the shape o
 
 # %% ../../nbs/23_data.heatmaps.ipynb #60068516
 @patch
+@no_trace
 def show(self:Heatmaps,
     i:int=0, # Which image
     ctx=None, # A matplotlib Axes, or one for each class; None = a new figure with one panel a class, four a row
@@ -238,12 +241,13 @@ def show(self:Heatmaps,
     if ctx is None: fig,ctx = _class_panels(img, k, figsize)
     axs = np.atleast_1d(ctx).ravel()
     if len(axs)!=k: raise ValueError(f"{k} classes need {k} Axes, not {len(axs)}: pass a list of them as ctx, or none")
-    with closed_on_error(fig): self.draw(i, img, axs, alpha, cmap, interpolation, same_scale=same_scale, maps=maps)
+    self.draw(i, img, axs, alpha, cmap, interpolation, same_scale=same_scale, maps=maps)
     return axs if k>1 else axs[0]
 
 # %% ../../nbs/23_data.heatmaps.ipynb #13bb7a68
 @patch
 @delegates(Heatmaps.show, but='i,ctx')
+@no_trace
 def plot(self:Heatmaps,
     ncols=None, # How many images a row, each with its heatmaps; None = about four panels a row
     figsize=None, # In inches
@@ -259,16 +263,16 @@ def plot(self:Heatmaps,
     width = 12/max(cols, 4)
     shape = np.median([img.shape[1]/img.shape[2] for img,_ in views])
     fig,axs = new_panels(math.ceil(n/ncols), cols, width, width*shape+.35, figsize)
-    with closed_on_error(fig):
-        for ax in axs.flat: ax.axis('off')
-        for i,((img,maps),(first,*rest)) in enumerate(zip(views, axs.reshape(-1, k+1))):
-            show_image(img, ctx=first, cmap='gray')
-            if self.targs is not None: wrap_title(first, [self.truth(i)])
-            self.draw(i, img, rest, truth=False, maps=maps, **kwargs)
+    for ax in axs.flat: ax.axis('off')
+    for i,((img,maps),(first,*rest)) in enumerate(zip(views, axs.reshape(-1, k+1))):
+        show_image(img, ctx=first, cmap='gray')
+        if self.targs is not None: wrap_title(first, [self.truth(i)])
+        self.draw(i, img, rest, truth=False, maps=maps, **kwargs)
     return axs
 
 # %% ../../nbs/23_data.heatmaps.ipynb #e8d712cc
 @patch
+@no_trace
 def _repr_png_(self:Heatmaps):
     if not len(self) or self.dl is None: return
     fig,buf = self[:8].plot().flat[0].figure,io.BytesIO()

@@ -7,7 +7,7 @@ __all__ = ['original', 'on_photo', 'check_alike']
 
 # %% ../../nbs/21_data.photo.ipynb #9247ed4f
 from fastai.vision.all import *
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace
 from .images import Images
 
 # %% ../../nbs/21_data.photo.ipynb #ph000002
@@ -24,6 +24,7 @@ def _gpu_crop(f, x, points, split_idx): # the batch `x` and its `points`, croppe
     return x,TensorPoint((points+1)*scale - shift - 1)
 
 # %% ../../nbs/21_data.photo.ipynb #1bf2bebb
+@no_trace
 def original(
     dl:DataLoader, # With the transforms that the photo went through
     i:int # The photo's place in `dl.dataset`
@@ -37,11 +38,10 @@ def original(
     split_idx = getattr(dl.dataset, 'split_idx', None)
     item_tfms = Pipeline([f for f in dl.after_item.fs if not isinstance(f, PointScaler)], split_idx)
     points = TensorPoint(_lattice().view(-1, 2), sz=im.size)
-    with keep_random():
-        x,points = to_device(dl.do_batch([item_tfms((im, points))]), dl.device)
-        for f in dl.after_batch.fs:
-            if isinstance(f, RandomResizedCropGPU): x,points = _gpu_crop(f, x, points, split_idx)
-            else: x,points = f((x, points), split_idx=split_idx)
+    x,points = to_device(dl.do_batch([item_tfms((im, points))]), dl.device)
+    for f in dl.after_batch.fs:
+        if isinstance(f, RandomResizedCropGPU): x,points = _gpu_crop(f, x, points, split_idx)
+        else: x,points = f((x, points), split_idx=split_idx)
     grid = to_cpu(points).as_subclass(Tensor).float().view(1, 33, 33, 2)
     return im,grid.permute(0, 3, 1, 2)
 

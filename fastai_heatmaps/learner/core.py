@@ -7,7 +7,7 @@ __all__ = ['explain_images', 'write_heatmaps', 'plan_heatmaps']
 
 # %% ../../nbs/31_learner.core.ipynb #628c8026
 from fastai.vision.all import *
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace
 from ..core.layers import find_layers, layer_names
 from ..core.targets import class_indices, as_list, is_per_image, check_per_image, is_targ
 from ..core.method import get_method
@@ -26,7 +26,7 @@ def explain_images(
     use:callable, # What to do with the `Heatmaps` of each batch
     cls=None, # As for `class_indices`, for all of `images`; or 'targ'
     layer=None, # As for `find_layers`
-    relu:bool=True, # Keep evidence for the class only?
+    relu:bool=None, # Keep evidence for the class only? None = yes for classes, no for numbers
     topk:int=1, # How many of the most likely classes, if `cls` is None
     dtype=torch.float32, # Of the maps
     **kwargs # For `run_passes`
@@ -76,7 +76,7 @@ def _checked_classes(cls, n, has_labels, vocab): # `cls`, once it is clear that 
     if vocab is not None: class_indices(cls, torch.zeros(1, len(vocab)), vocab)
     return cls
 
-def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=None, relu=True, topk=1, ds_idx=1, dl=None, bs=None,
+def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=None, relu=None, topk=1, ds_idx=1, dl=None, bs=None,
                   dtype=torch.float32, score=None, # All as for `get_heatmaps`
                   **options
 ) -> tuple: # `Images`; `explain(images, rows, use)`, which hands the `Heatmaps` of each batch to `use`; `about()`, which gives `run_info`
@@ -96,13 +96,13 @@ def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=N
 
 # %% ../../nbs/31_learner.core.ipynb #cb2f0ba1
 @patch
-@keep_random()
+@no_trace
 def get_heatmaps(self:Learner,
     items=None, # An image or a list of them, each as for `open_image` or as `(image, label)`; None = the images of `dl` or `ds_idx`
     cls=None, # None = the `topk` predicted; a class or a list of them; a tensor with an index for each image, or k of them; 'targ' = its own label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them whose maps are fused
-    relu:bool=True, # Keep evidence for the class only? If not, evidence against it is negative
+    relu:bool=None, # Keep evidence for the class only? If not, evidence against it is negative; None = yes for classes, no for numbers
     topk:int=1, # How many of the most likely classes, if `cls` is None
     ds_idx:int=1, # Without `items` and `dl`: 0 = the training set, with the validation transforms; 1 = the validation set
     dl=None, # A DataLoader of your own; one that changes images at random is not shown as the model saw it

@@ -10,7 +10,7 @@ from fastai.vision.all import *
 from ..core.no_trace import quiet, unwrap
 from ..core.layers import find_layers
 from ..core.tasks import is_dense
-from ..core.passes import Pass, check_bs, clear_errors
+from ..core.passes import Pass, check_bs, clear_errors, recordable, person_looks
 from ..data.images import Images, OpenImage, image_dl, input_list
 from contextlib import ExitStack
 from copy import copy
@@ -58,8 +58,8 @@ def shadow(
 def shows_bars(
     learn:Learner
 ) -> bool:
-    "Ask whether `learn` shows progress bars"
-    return any(isinstance(o, ProgressCallback) for o in learn.cbs)
+    "Ask whether `learn` shows progress bars, and a person looks at them"
+    return person_looks() and any(isinstance(o, ProgressCallback) for o in learn.cbs)
 
 # %% ../../nbs/30_learner.run.ipynb #c381ae8e
 def output_names(
@@ -104,7 +104,9 @@ class PassCallback(Callback):
 
     def __call__(self, event_name): return getattr(self, event_name, noop)()
 
-    def before_batch(self): self.hooks = self.stack.enter_context(self.watch(self.model, *self.xb))
+    def before_batch(self):
+        self.learn.xb = tuple(map(recordable, self.xb))
+        self.hooks = self.stack.enter_context(self.watch(self.model, *self.xb))
 
     def after_pred(self):
         self.stack.close()

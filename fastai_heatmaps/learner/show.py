@@ -7,7 +7,7 @@ __all__ = ['split_kwargs']
 
 # %% ../../nbs/32_learner.show.ipynb #sh000003
 from fastai.vision.all import *
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace
 from ..data.images import Images, as_items
 from ..data.heatmaps import Heatmaps
 from .run import shadow
@@ -26,12 +26,13 @@ def split_kwargs(
 # %% ../../nbs/32_learner.show.ipynb #3f0761dc
 @patch
 @delegates(Heatmaps.show, but='i', keep=True)
+@no_trace
 def show_heatmap(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the `topk` predicted; a class by name or index, or a list of them: one panel each; 'targ' = the label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them whose maps are fused
-    relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
+    relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     topk:int=1, # How many of the most likely classes, if `cls` is None
     **kwargs
 ): # The Axes, or an array of them for several classes
@@ -48,7 +49,7 @@ def show_gradcam(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the predicted class; a class by name or index, or a list of them: one panel each; 'targ' = the label
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them whose maps are fused
-    relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
+    relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Show where the evidence for `cls` lies in `img`: Grad-CAM (Selvaraju et al. 2016, arXiv 1610.02391)"
@@ -71,7 +72,7 @@ def show_saliency(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the predicted class; a class by name or index, or a list of them: one panel each; 'targ' = the label
     method='saliency', # Or 'gradient_x_input', 'smoothgrad', 'integrated_gradients', 'guided_backprop', 'deconvnet', 'guided_gradcam'
-    relu:bool=True, # Keep evidence for the class only? If not, blue is evidence against it; 'saliency' and its like have no sign
+    relu:bool=None, # As in `get_heatmaps`: blue is evidence against the class; 'saliency' and its like have no sign
     alpha=1., # Opacity of the map: at 1 it hides the photo
     **kwargs
 ): # The Axes, or an array of them for several classes
@@ -87,7 +88,7 @@ def show_occlusion(self:Learner,
     window=None, # Size in pixels of the model's input: a number, or (height, width); None = a seventh of the shorter side
     stride=None, # How far it moves, likewise; None = half a window
     fill=0., # What the window shows: a number, in the values that the model takes, 'mean', 'blur', or a tensor
-    relu:bool=True, # Keep what lowers the score when it is hidden? If not, blue is what raises it
+    relu:bool=None, # Keep only what lowers the score when it is hidden? If not, blue is what raises it; None = yes for classes, no for numbers
     bs:int=None, # How many changed images are run at once; None = 64, or 16 on a CPU
     **kwargs
 ): # The Axes, or an array of them for several classes
@@ -101,14 +102,14 @@ def _choose(total, n, seed): # `n` places out of `total`, or all of them if ther
 # %% ../../nbs/32_learner.show.ipynb #dcf6e6f6
 @patch
 @delegates(Heatmaps.plot, keep=True)
-@keep_random()
+@no_trace
 def plot_heatmap_grid(self:Learner,
     items=None, # Images, as for `get_heatmaps`; None = the validation set
     n:int=8, # How many of them, chosen at random if there are more
     cls=None, # As in `get_heatmaps`
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`
-    relu:bool=True, # Keep evidence for the class only?
+    relu:bool=None, # Keep evidence for the class only? None = yes for classes, no for numbers
     seed:int=None, # Of the choice: the same seed shows the same images; None = others each time, in spite of `set_seed`
     topk:int=1, # How many of the most likely classes, if `cls` is None
     **kwargs

@@ -7,17 +7,16 @@ __all__ = ['attention_weights', 'BlockHook', 'attending_blocks', 'run_blocks', '
 
 # %% ../../nbs/14_methods.attention.ipynb #ecb53fdf
 from fastai.basics import *
-from ..core.hooks import LeafHook, SwapHook, leaf_hooks
+from ..core.no_trace import FunctionMode
+from ..core.hooks import LeafHook, SwapHook, leaf_hooks, every_output
 from ..core.layers import attentions, as_map
 from ..core.method import heatmap_method
 from ..core.passes import Probe
 from .changed import each_gradient
-from torch.nn.modules.module import register_module_forward_hook
-from torch.overrides import TorchFunctionMode
 import contextlib,threading
 
 # %% ../../nbs/14_methods.attention.ipynb #0202ec32
-class attention_weights(TorchFunctionMode):
+class attention_weights(FunctionMode):
     "A context that records the `weights` of each attention, (n, heads, queries, keys), as leaves of the graph"
     def __init__(self):
         super().__init__()
@@ -107,14 +106,13 @@ def layers_after(
     *xb:Tensor # The inputs of the model
 ) -> nn.Module: # Takes vectors (n, C)
     "Find the chain of layers that follows `block`"
-    late,thread,reached = [],threading.get_ident(),False
+    late,reached = [],False
     def record(m, i, o):
         nonlocal reached
-        if threading.get_ident()!=thread: return
         if reached and not list(m.children()): late.append(m)
         if m is block: reached = True
     z = out.detach().mean(1)
-    with torch.no_grad(), leaf_hooks([block], SwapHook) as (h,), register_module_forward_hook(record):
+    with torch.no_grad(), leaf_hooks([block], SwapHook) as (h,), every_output(record):
         h.value = z[:,None].expand(-1, out.shape[1], -1).contiguous()
         want = model(*xb)
     layers = nn.Sequential(*late)

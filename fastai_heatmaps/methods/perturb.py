@@ -9,7 +9,7 @@ __all__ = ['window_boxes', 'occlusion', 'rise_masks', 'rise', 'channel_masks', '
 from fastai.basics import *
 from ..core.method import heatmap_method
 from ..core.passes import Probe
-from .changed import filled, rounds, ask, with_map, from_layer
+from .changed import pictures, filled, rounds, ask, with_map, from_layer
 from itertools import islice
 
 # %% ../../nbs/13_methods.perturb.ipynb #pb000001
@@ -44,7 +44,7 @@ def occlusion(
     fill=0. # What it shows, as in `filled`; 0 is the mean colour of the data if they are normalised
 ) -> Tensor: # (n, k, H, W)
     "The drop of the score under a moving window: occlusion (Zeiler and Fergus 2013, arXiv 1311.2901)"
-    x = probe.x.float()
+    x = pictures(probe)
     boxes = window_boxes(x.shape[2:], window, stride)
     nothing = filled(x, fill)
     count = torch.zeros(x.shape[2:])
@@ -86,7 +86,7 @@ def rise(
     "`E[y(x ⊙ M) | M_ij = 1] - E[y(x ⊙ M)]` over random masks `M`: RISE (Petsiuk et al. 2018, arXiv 1806.07421), less its mean"
     if n<2 or cells<1 or not 0<p<1:
         raise ValueError(f"n is {n}, cells {cells} and p {p}; expected at least 2 masks, 1 cell, and p between 0 and 1")
-    x = probe.x.float()
+    x = pictures(probe)
     make_masks = partial(rise_masks, n, x.shape[2:], cells, p, seed)
     scores = torch.zeros(*probe.idxs.shape, n)
     for i,s in rounds(probe, n):
@@ -133,7 +133,7 @@ def scorecam(
 def ablationcam(
     probe:Probe # Of a layer with `C` channels
 ) -> Tensor: # (n, k, h, w)
-    "`Σ_k w_k A_k` with `w_k = (y - y_k)/y`, `y_k` the score without channel `k`: Ablation-CAM (Desai and Ramaswamy 2020, WACV)"
+    "`Σ_k w_k A_k` with `w_k = (y - y_k)/|y|`, `y_k` the score without channel `k`: Ablation-CAM (Desai and Ramaswamy 2020, WACV)"
     acts,y = probe.acts,probe.y
     without = torch.zeros(*y.shape, acts.shape[1], device=acts.device)
     for i,s in rounds(probe, acts.shape[1]):
@@ -141,5 +141,5 @@ def ablationcam(
         for o,channel in zip(off, range(s.start, s.stop)): o[channel] = 0
         with torch.no_grad(): scores = from_layer(probe, with_map(probe, off, i), i)
         without[i,:,s] = probe.picked(scores, i).T
-    weights = (y[...,None]-without) / torch.where(y==0, torch.inf, y)[...,None]
+    weights = (y[...,None]-without) / torch.where(y==0, torch.inf, y.abs())[...,None]
     return torch.einsum('nkc,nchw->nkhw', weights, acts)

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['saliency', 'gradient_x_input', 'relu_rule', 'guided_backprop', 'deconvnet', 'guided_gradcam', 'smoothgrad',
-           'quadrature', 'completeness', 'integrated_gradients']
+           'quadrature', 'completeness', 'on_the_way', 'part_maps', 'integral', 'integrated_gradients']
 
 # %% ../../nbs/12_methods.pixels.ipynb #1461f717
 from fastai.basics import *
+from ..core.no_trace import FunctionMode
 from ..core.method import heatmap_method
 from ..core.passes import Probe
-from .changed import filled, noisy, rounds, ask, input_gradients
+from .changed import pictures, filled, noisy, rounds, ask, input_gradients
 from .cam import gradcam
 from itertools import islice
-from torch.overrides import TorchFunctionMode
 
 # %% ../../nbs/12_methods.pixels.ipynb #8c40ab2d
 @heatmap_method('saliency', needs='input', cost='1 forward, 1 backward')
@@ -65,7 +65,7 @@ def _as_relu(func, args, kwargs): # the (input, top, inplace) of a call that is 
     return args['input'],top,bool(args.get('inplace')) or func.__name__.endswith('_')
 
 # %% ../../nbs/12_methods.pixels.ipynb #ef8ed7b4
-class relu_rule(TorchFunctionMode):
+class relu_rule(FunctionMode):
     "A context in which ReLUs let only positive gradients back, and with `guided` only where they were active"
     def __init__(self,
         guided:bool=True # Guided backpropagation? Otherwise deconvolution
@@ -125,7 +125,7 @@ def smoothgrad(
 ) -> Tensor: # (n, k, H, W)
     "`max_C |mean g|` over noisy copies of the image: SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825)"
     if n<1: raise ValueError(f"n is {n}; expected at least 1 noisy copy")
-    x = probe.x.float()
+    x = pictures(probe)
     res = torch.zeros(*probe.idxs.shape, *x.shape[1:], device=x.device)
     for i,s in rounds(probe, n, max(1, probe.bs//2)):
         if s.start==0: copies = noisy(x[i:i+1], n, noise, seed)
@@ -158,22 +158,75 @@ def completeness(
              f"take more than {steps} steps")
     return res
 
+# %% ../../nbs/12_methods.pixels.ipynb #px000014
+def on_the_way(
+    x:Tensor, # An image (C, H, W)
+    b:Tensor, # The baseline, of the same shape
+    at # Places on the way: 0 is the baseline, and 1 the image
+) -> Tensor: # (places, C, H, W)
+    "Give what lies between `b` and `x`"
+    return b + torch.as_tensor(at).to(x)[:,None,None,None]*(x-b)
+
+# %% ../../nbs/12_methods.pixels.ipynb #px000015
+def part_maps(
+    probe:Probe, # Which classes
+    i:int, # Of which image
+    b:Tensor, # The baseline (C, H, W)
+    ends:list, # `(start, stop)` of parts of the way
+    points:int # In each part
+) -> Tensor: # (k, parts, H, W)
+    "Give what each part of the way adds to the map"
+    x,(start,stop) = probe.x[i].float(),torch.tensor(ends, dtype=torch.double).T[...,None]
+    at,weight = map(torch.tensor, quadrature(points))
+    at,weight = (start+(stop-start)*at).flatten(),torch.block_diag(*(stop-start)*weight).to(x) # weight: (parts, points of all)
+    res = 0
+    for _,s in rounds(probe, len(at), max(1, probe.bs//2), only=i):
+        g = input_gradients(probe, on_the_way(x, b, at[s]), i)
+        res = res + torch.einsum('kmhw,pm->kphw', (g*(x-b)).sum(2), weight[:,s])
+    return res
+
+# %% ../../nbs/12_methods.pixels.ipynb #px000016
+def integral(
+    probe:Probe, # Which classes
+    i:int, # Of which image
+    b:Tensor, # The baseline (C, H, W)
+    steps:int=None, # How many points; None = as many as it takes
+    most:int=400 # How many it may take
+) -> tuple: # The map (k, H, W), the scores (k,) of the baseline, how many points were taken
+    "Integrate the gradients over the way from `b` to image `i`"
+    x,taken = probe.x[i].float(),0
+    n,points = (10,5) if steps is None else (1,steps)
+    y,parts = {},[] # a place on the way -> its scores (k,); (start, stop, map, what its sum is off by) of each part
+    def add(ends):
+        nonlocal taken
+        new = sorted({o for e in ends for o in e}-set(y))
+        for _,s in rounds(probe, len(new), only=i): y.update(zip(new[s], ask(probe, on_the_way(x, b, new[s]), i)))
+        for (start,stop),m in zip(ends, part_maps(probe, i, b, ends, points).unbind(1)):
+            parts.append((start, stop, m, m.sum((1,2)) - (y[stop]-y[start])))
+        taken += points*len(ends)
+    add([(j/n,(j+1)/n) for j in range(n)])
+    allowed = .01*(y[1]-y[0]).abs() + 1e-4*torch.maximum(y[0].abs(), y[1].abs())
+    while steps is None and (sum(off for *_,off in parts).abs()>allowed).any():
+        halved = min(len(parts)//4, (most-taken)//(2*points))
+        if not halved: break
+        parts.sort(key=lambda part: -float((part[3].abs()/allowed).max()))
+        ends = [e for start,stop,*_ in parts[:halved] for e in ((start,(start+stop)/2), ((start+stop)/2,stop))]
+        del parts[:halved]
+        add(ends)
+    return sum(m for _,_,m,_ in parts),y[0],taken
+
 # %% ../../nbs/12_methods.pixels.ipynb #53e7c70f
-@heatmap_method('integrated_gradients', needs='model', cost='steps forward and backward (steps = 50)')
+@heatmap_method('integrated_gradients', needs='model', cost='50 to 400 forward and backward')
 def integrated_gradients(
     probe:Probe, # Of images (n, C, H, W)
     baseline=0., # Where the way begins, as `fill` in `filled`; 0 is the mean colour of the data if they are normalised
-    steps:int=50 # Points at which the gradient is taken, by Gauss-Legendre quadrature
+    steps:int=None # Points at which the gradient is taken, by Gauss-Legendre quadrature; None = 50, and up to 400 where these do not suffice
 ) -> Tensor: # (n, k, H, W)
     "`Σ_C (x - b) ∫ g(b + α (x - b)) dα`: integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365)"
-    if steps<1: raise ValueError(f"steps is {steps}; expected at least 1")
-    x = probe.x.float()
+    if steps is not None and steps<1: raise ValueError(f"steps is {steps}; expected at least 1")
+    x = pictures(probe)
     b = filled(x, baseline)
-    at,weight = [torch.tensor(o, dtype=x.dtype, device=x.device).view(-1,1,1,1) for o in quadrature(steps)]
-    res = torch.zeros(*probe.idxs.shape, *x.shape[1:], device=x.device)
-    for i,s in rounds(probe, steps, max(1, probe.bs//2)):
-        g = input_gradients(probe, b[i] + at[s]*(x[i]-b[i]), i)
-        res[i] += (x[i]-b[i]) * (g*weight[s]).sum(1)
-    y0 = torch.cat([ask(probe, o[None], i) for i,o in enumerate(b)])
-    probe.info['completeness'] = completeness(res.sum((2,3,4)), probe.y, y0, steps).cpu()
-    return res.sum(2)
+    maps,y0,taken = zip(*[integral(probe, i, b[i], steps) for i,_ in rounds(probe, 1)])
+    maps = torch.stack(maps)
+    probe.info['completeness'] = completeness(maps.sum((2,3)), probe.y, torch.stack(y0), max(taken)).cpu()
+    return maps

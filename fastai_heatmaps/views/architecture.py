@@ -7,9 +7,8 @@ __all__ = ['model_parts']
 
 # %% ../../nbs/44_views.architecture.ipynb #ar000002
 from fastai.vision.all import *
-from ..core.no_trace import keep_random, unwrap
+from ..core.no_trace import no_trace, unwrap
 from ..core.layers import layer_shapes, map_shapes, default_layer, plain_name
-from ..data.draw import closed_on_error
 from ..learner.run import blank
 
 # %% ../../nbs/44_views.architecture.ipynb #fb5810f7
@@ -62,7 +61,7 @@ def _color(name, hw, home): # of the bar of a part
 
 # %% ../../nbs/44_views.architecture.ipynb #216dad5d
 @patch
-@keep_random()
+@no_trace
 def show_architecture(self:Learner,
     depth:int=None, # Into how many levels of modules the model is taken apart; None = as many as give no more than 24 parts
     ctx=None, # A matplotlib Axes; None = a new figure
@@ -75,19 +74,18 @@ def show_architecture(self:Learner,
     except ValueError: home = None # a model without maps
     total,longest = _size(model),max(x.shape[2:])
     if ctx is None: fig,ctx = plt.subplots(figsize=figsize or (11, .26*len(parts)+1.4), layout='compressed')
-    with closed_on_error(fig):
-        ctx.set(xlim=(0, 1), ylim=(len(parts)+.6, -1.6))
-        ctx.axis('off')
-        _draw_row(ctx, -1, ('name', 'kind', 'output', 'parameters'), weight='bold')
-        _draw_row(ctx, 0, ('', 'image', '×'.join(map(str, x.shape[1:])), ''))
-        _draw_bar(ctx, 0, 1, '#dddddd')
-        for y,(n,m,shape,hw) in enumerate(parts, 1):
-            size,output = _size(m),'×'.join(map(str, shape or ()))
-            _draw_row(ctx, y, (plain_name(n), type(m).__name__, output, f'{size:,}' if size else ''))
-            _draw_bar(ctx, y, max(hw or (1,))/longest, _color(n, hw, home))
-            ctx.barh(y, .12*size/max(total, 1), left=.88, height=.5, color='#555555')
-        patches = [plt.Rectangle((0,0), 1, 1, color=c) for c in _colors.values()]
-        ctx.legend(patches, _colors, loc='upper center', bbox_to_anchor=(.5, 0), ncols=3, frameon=False, fontsize=9)
-        trainable = _size(model, trainable=True)
-        ctx.set_title(f'{type(model).__name__}: {total:,} parameters, {trainable:,} of them trainable', fontsize=10)
+    ctx.set(xlim=(0, 1), ylim=(len(parts)+.6, -1.6))
+    ctx.axis('off')
+    _draw_row(ctx, -1, ('name', 'kind', 'output', 'parameters'), weight='bold')
+    _draw_row(ctx, 0, ('', 'image', '×'.join(map(str, x.shape[1:])), ''))
+    _draw_bar(ctx, 0, 1, '#dddddd')
+    for y,(n,m,shape,hw) in enumerate(parts, 1):
+        size,output = _size(m),'×'.join(map(str, shape or ()))
+        _draw_row(ctx, y, (plain_name(n), type(m).__name__, output, f'{size:,}' if size else ''))
+        _draw_bar(ctx, y, max(hw or (1,))/longest, _color(n, hw, home))
+        ctx.barh(y, .12*size/max(total, 1), left=.88, height=.5, color='#555555')
+    patches = [plt.Rectangle((0,0), 1, 1, color=c) for c in _colors.values()]
+    ctx.legend(patches, _colors, loc='upper center', bbox_to_anchor=(.5, 0), ncols=3, frameon=False, fontsize=9)
+    trainable = _size(model, trainable=True)
+    ctx.set_title(f'{type(model).__name__}: {total:,} parameters, {trainable:,} of them trainable', fontsize=10)
     return ctx

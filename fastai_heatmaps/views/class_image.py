@@ -7,13 +7,13 @@ __all__ = ['Waves', 'moved', 'excite', 'class_images']
 
 # %% ../../nbs/43_views.class_image.ipynb #ci000003
 from fastai.vision.all import *
-from ..core.no_trace import quiet, keep_random, unwrap
+from ..core.no_trace import quiet, no_trace, unwrap
 from ..core.hooks import leaf_hooks, gradients
 from ..core.layers import as_map, plain_name, layer_names, get_layer, check_channels
 from ..core.targets import class_indices, as_list
 from ..core.tasks import class_scores, is_dense
 from ..core.passes import Pass
-from ..data.draw import wrap_title, closed_on_error
+from ..data.draw import wrap_title
 from ..learner.run import shows_bars, output_names, blank
 from fastprogress.fastprogress import progress_bar
 
@@ -114,7 +114,7 @@ def _channel_goals(model, zeros, prepare, layer, channel): # a goal for each cha
     return [(partial(goal, c), partial(title, c)) for c in chans]
 
 # %% ../../nbs/43_views.class_image.ipynb #aed49bc4
-@keep_random()
+@no_trace
 def class_images(
     learn:Learner,
     cls=None, # This and all others: as for `get_class_image`
@@ -158,6 +158,7 @@ def get_class_image(self:Learner,
 # %% ../../nbs/43_views.class_image.ipynb #f4e22b1c
 @patch
 @delegates(Learner.get_class_image, but='cls,layer,channel', keep=True)
+@no_trace
 def show_class_image(self:Learner,
     cls=None, # A class by name or index, or a list of classes
     layer=None, # Instead of a class: a module, or its dotted name
@@ -180,8 +181,7 @@ def show_class_image(self:Learner,
         for ax in axs.flat[k:]: ax.axis('off')
         ctx = axs.flat[:k]
     axs = np.atleast_1d(ctx).ravel()
-    with closed_on_error(fig):
-        for ax,pic,title in zip(axs, pics, titles):
-            show_image(pic[:3] if len(pic)>3 else pic, ctx=ax, cmap='gray')
-            wrap_title(ax, [title])
+    for ax,pic,title in zip(axs, pics, titles):
+        show_image(pic[:3] if len(pic)>3 else pic, ctx=ax, cmap='gray')
+        wrap_title(ax, [title])
     return axs[0] if several is None else axs

@@ -7,11 +7,11 @@ __all__ = ['heatmap_difference', 'compare_learners']
 
 # %% ../../nbs/41_views.compare.ipynb #cm000003
 from fastai.vision.all import *
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace
 from ..core.tasks import tasks
 from ..core.method import get_method
 from ..data.images import to_images, as_items
-from ..data.draw import color_scale, show_overlay, wrap_title, new_panels, closed_on_error
+from ..data.draw import color_scale, show_overlay, wrap_title, new_panels
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, output_names, layer_watch, run_passes
 import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
@@ -71,23 +71,22 @@ def _layer_name(hm): return f'{hm.layer}\n{hm.maps.shape[2]}×{hm.maps.shape[3]}
 def _draw_rows(hms, names, figsize, **looks): # of one image; returns the Axes
     img = hms[0].image(0)
     fig,axs = _grid(len(hms), hms[0].cls.shape[1], img, figsize)
-    with closed_on_error(fig):
-        for r,(hm,name,row) in enumerate(zip(hms, names, axs)):
-            hm.draw(0, img, row, **looks)
-            if r: # the classes are named above the first row
-                for j,ax in enumerate(row): wrap_title(ax, hm.notes(0, j))
-            _name_row(row[0], name)
+    for r,(hm,name,row) in enumerate(zip(hms, names, axs)):
+        hm.draw(0, img, row, **looks)
+        if r: # the classes are named above the first row
+            for j,ax in enumerate(row): wrap_title(ax, hm.notes(0, j))
+        _name_row(row[0], name)
     return axs
 
 # %% ../../nbs/41_views.compare.ipynb #f900fa4b
 @patch
-@keep_random()
+@no_trace
 def compare_heatmaps(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the `topk` predicted; a class by name or index; a list of classes: one column each; 'targ' = the image's own label
     method=None, # A method, or a list of them: one row each; None = 'gradcam' if `layer` is a list, and else four of the CAM family
     layer=None, # As in `get_heatmaps`, for the methods that look at one; or a list: one row each
-    relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
+    relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     alpha=0.6, # Opacity of the map: 0 to 1
     cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values
     interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
@@ -201,14 +200,14 @@ def _check_learners(learners, difference):
 
 # %% ../../nbs/41_views.compare.ipynb #c106955a
 @delegates(Learner.get_heatmaps, but='items,cls,method,layer,relu,ds_idx,dl', keep=True)
-@keep_random()
+@no_trace
 def compare_learners(
     learners:dict, # Name -> a Learner, or a function without arguments that returns one, such as `partial(load_learner, 'export.pkl')`
     items, # An image or a list of them, as for `get_heatmaps`: one column each
     cls=None, # None = what each model predicts; a class; a list of classes: a column for each; 'targ' = each image's own label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`; None = the body of each, or its last layer with a map
-    relu:bool=True, # Keep evidence for the class only? If not, red is evidence for it and blue against it
+    relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     difference:bool=False, # Add a third row to two models of the same classes, second minus first: red is more in the second, blue in the first
     alpha=0.6, # Opacity of the map: 0 to 1
     cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values; not of the difference
@@ -224,13 +223,12 @@ def compare_learners(
     if difference: _check_same_part(imgs)
     n,k = len(items),hms[0].cls.shape[1]
     fig,axs = _grid(len(hms)+difference, n*k, imgs[0][0], figsize)
-    with closed_on_error(fig):
-        for r,(name,hm) in enumerate(zip(learners, hms)):
-            for i,panels in enumerate(axs[r].reshape(n, k)):
-                hm.draw(i, imgs[r][i], panels, alpha, cmap, interpolation, same_scale=same_scale)
-                for j,ax in enumerate(panels): wrap_title(ax, *_title(hm, i, j, truth=r==0))
-            _name_row(axs[r,0], name)
-        if difference:
-            _draw_difference(hms, imgs[1], axs[2].reshape(n, k), alpha, interpolation)
-            _name_row(axs[2,0], ' − '.join(list(learners)[::-1]))
+    for r,(name,hm) in enumerate(zip(learners, hms)):
+        for i,panels in enumerate(axs[r].reshape(n, k)):
+            hm.draw(i, imgs[r][i], panels, alpha, cmap, interpolation, same_scale=same_scale)
+            for j,ax in enumerate(panels): wrap_title(ax, *_title(hm, i, j, truth=r==0))
+        _name_row(axs[r,0], name)
+    if difference:
+        _draw_difference(hms, imgs[1], axs[2].reshape(n, k), alpha, interpolation)
+        _name_row(axs[2,0], ' − '.join(list(learners)[::-1]))
     return axs

@@ -7,7 +7,7 @@ __all__ = ['Passes']
 
 # %% ../../nbs/45_views.explore.ipynb #e0dbadc6
 from fastai.vision.all import *
-from ..core.no_trace import keep_random, unwrap
+from ..core.no_trace import no_trace, unwrap
 from ..core.layers import recorded_shapes, map_shapes, find_layers, layer_names
 from ..core.tasks import tasks
 from ..core.method import heatmap_methods, get_method
@@ -85,7 +85,7 @@ def pass_for(self:Passes,
 
 # %% ../../nbs/45_views.explore.ipynb #ex000006
 @patch
-@keep_random()
+@no_trace
 def heatmaps(self:Passes,
     cls=None, # A class by name or index; None = the predicted one; 'targ' = the image's own label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`

@@ -7,13 +7,13 @@ __all__ = ['get_conv', 'filter_grid', 'map_layers']
 
 # %% ../../nbs/42_views.features.ipynb #5f730755
 from fastai.vision.all import *
-from ..core.no_trace import keep_random, unwrap
+from ..core.no_trace import no_trace, unwrap
 from ..core.hooks import copied_outputs
 from ..core.layers import layer_shapes, map_shapes, as_map, no_map, plain_name, layer_names
 from ..core.layers import get_layer, find_layers, check_channels
 from ..core.targets import as_list
 from ..data.images import to_images
-from ..data.draw import wrap_title, closed_on_error
+from ..data.draw import wrap_title
 from ..learner.run import shadow, output_names, run_passes
 from copy import deepcopy
 
@@ -81,7 +81,7 @@ def _fresh(m): # a copy of the layer `m` with new weights
 
 # %% ../../nbs/42_views.features.ipynb #c472f341
 @patch
-@keep_random()
+@no_trace
 def show_filters(self:Learner,
     layer=None, # A 2d convolution, or its dotted name; None = the first
     n:int=64, # How many pictures at most: the first ones
@@ -100,13 +100,12 @@ def show_filters(self:Learner,
     if len(axs)!=len(layers):
         raise ValueError(f"expected {len(layers)} Axes as ctx, not {len(axs)}: "
                          "one for the layer, and with fresh=True one for its copy")
-    with closed_on_error(fig):
-        for ax,(title,l) in zip(axs, layers.items()):
-            pic,shown = filter_grid(l.weight, n, same_scale)
-            in_rgb = pic.ndim==3
-            ax.imshow(pic*.5+.5 if in_rgb else pic, cmap='gray', vmin=-1, vmax=1, interpolation='nearest')
-            ax.axis('off')
-            wrap_title(ax, [title, _about_filters(l, *shown)])
+    for ax,(title,l) in zip(axs, layers.items()):
+        pic,shown = filter_grid(l.weight, n, same_scale)
+        in_rgb = pic.ndim==3
+        ax.imshow(pic*.5+.5 if in_rgb else pic, cmap='gray', vmin=-1, vmax=1, interpolation='nearest')
+        ax.axis('off')
+        wrap_title(ax, [title, _about_filters(l, *shown)])
     return axs if fresh else axs[0]
 
 # %% ../../nbs/42_views.features.ipynb #397ecf3a
@@ -124,7 +123,7 @@ def map_layers(
 
 # %% ../../nbs/42_views.features.ipynb #7935e914
 @patch
-@keep_random()
+@no_trace
 def get_feature_maps(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     layer=None # None = the body, or the last layer with a map; a module, a dotted name, or a list of them
@@ -161,6 +160,7 @@ def _draw_channels(fig, m, channels, ncols, same_scale): # of the map `m`, in th
 
 # %% ../../nbs/42_views.features.ipynb #98fa4b17
 @patch
+@no_trace
 def show_feature_maps(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them
@@ -180,10 +180,9 @@ def show_feature_maps(self:Learner,
     heights = [math.ceil(len(p)/cols)*(width*h/w+.2)+.3 for p in picks]
     fig = plt.figure(figsize=figsize or (cols*width, sum(heights)), layout='constrained')
     res = np.full((len(maps), most), None, dtype=object)
-    with closed_on_error(fig):
-        subs = np.atleast_1d(fig.subfigures(len(maps), 1, height_ratios=heights))
-        for row,sub,p,(name,m) in zip(res, subs, picks, maps.items()):
-            what = f'the {len(p)} strongest' if channels is None else 'channels'
-            sub.suptitle(f"{name}: {what} of {len(m)}, {m.shape[1]}×{m.shape[2]}", fontsize=10)
-            row[:len(p)] = _draw_channels(sub, m, p, cols, same_scale)
+    subs = np.atleast_1d(fig.subfigures(len(maps), 1, height_ratios=heights))
+    for row,sub,p,(name,m) in zip(res, subs, picks, maps.items()):
+        what = f'the {len(p)} strongest' if channels is None else 'channels'
+        sub.suptitle(f"{name}: {what} of {len(m)}, {m.shape[1]}×{m.shape[2]}", fontsize=10)
+        row[:len(p)] = _draw_channels(sub, m, p, cols, same_scale)
     return res

@@ -7,11 +7,11 @@ __all__ = []
 
 # %% ../../nbs/40_views.interpret.ipynb #f93a3039
 from fastai.vision.all import *
-from ..core.no_trace import keep_random
+from ..core.no_trace import no_trace
 from ..core.targets import class_index
 from ..core.tasks import tasks, own_loss, activation
 from ..data.images import to_images
-from ..data.draw import lay_map, wrap_title, closed_on_error
+from ..data.draw import lay_map, wrap_title
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, run_passes
 import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
@@ -57,7 +57,7 @@ def _answers(interp, dl): # what is predicted and what is true: two tensors of i
 # %% ../../nbs/40_views.interpret.ipynb #dab6eb8e
 @patch
 @delegates(Learner.get_heatmaps, but='items,topk,ds_idx,dl', keep=True)
-@keep_random()
+@no_trace
 def top_losses_heatmaps(self:Interpretation,
     k=9, # How many losses, or a list or range of places among them: 0 is the largest
     largest:bool=True, # The largest losses, or the smallest?
@@ -79,11 +79,10 @@ def _fastai_picture(interp, k, largest, n, **looks): # the figure that fastai dr
         why = ' '.join(str(e).split())
         raise ValueError(f"fastai draws no top losses of such data ({why}): use top_losses_heatmaps(k).plot()") from None
     fig = plt.gcf() if set(plt.get_fignums())-before else None
-    with closed_on_error(fig):
-        axs = [ax for ax in fig.axes if ax.images] if fig else []
-        if not axs or len(axs)%n:
-            raise ValueError("fastai draws no picture of each image here, so no heatmap can be laid over it: "
-                             "use top_losses_heatmaps(k).plot()")
+    axs = [ax for ax in fig.axes if ax.images] if fig else []
+    if not axs or len(axs)%n:
+        raise ValueError("fastai draws no picture of each image here, so no heatmap can be laid over it: "
+                         "use top_losses_heatmaps(k).plot()")
     return fig,axs[::len(axs)//n] # of a mask there are three: input, target, prediction
 
 # %% ../../nbs/40_views.interpret.ipynb #3bf5bdf8
@@ -115,18 +114,18 @@ def _plot_with_heatmaps(interp, k, largest=True,
     (n,c),scales = hm.cls.shape,hm.scales(cmap, same_scale)
     named = tasks[hm.task].one_class and isinstance(cls, str) and cls in ('pred', 'targ', 'both') # by fastai's title
     fig,photos = _fastai_picture(interp, k, largest, n, nrows=nrows, ncols=ncols, figsize=figsize)
-    with closed_on_error(fig):
-        if c>1 and figsize is None: fig.set_figwidth(fig.get_figwidth()*c)
-        for i,photo in enumerate(photos):
-            title = photo.get_title()
-            for j,(ax,scale) in enumerate(zip(_panels(photo, c), scales(i))):
-                lay_map(ax, hm.maps[i][j].float(), alpha, interpolation, **scale)
-                says = [] if named and not j else hm.title(i, j, truth=False)[0][:1]
-                wrap_title(ax, [*([] if j else [title]), *says, *hm.notes(i, j)])
+    if c>1 and figsize is None: fig.set_figwidth(fig.get_figwidth()*c)
+    for i,photo in enumerate(photos):
+        title = photo.get_title()
+        for j,(ax,scale) in enumerate(zip(_panels(photo, c), scales(i))):
+            lay_map(ax, hm.maps[i][j].float(), alpha, interpolation, **scale)
+            says = [] if named and not j else hm.title(i, j, truth=False)[0][:1]
+            wrap_title(ax, [*([] if j else [title]), *says, *hm.notes(i, j)])
 
 # %% ../../nbs/40_views.interpret.ipynb #d2520543
 @patch
 @delegates(_plot_with_heatmaps, but='k,largest', keep=True)
+@no_trace
 def plot_top_losses(self:Interpretation,
     k:int|MutableSequence, # Number of losses to plot, or a list or range of places among them
     largest:bool=True, # Sort losses by largest or smallest
@@ -147,7 +146,7 @@ def _empty_cell(vocab, preds, targs, t, p): # the error where no `t` is taken fo
 # %% ../../nbs/40_views.interpret.ipynb #41966fcd
 @patch
 @delegates(Learner.get_heatmaps, but='items,cls,topk,ds_idx,dl', keep=True)
-@keep_random()
+@no_trace
 def confusion_heatmaps(self:ClassificationInterpretation,
     actual, # The true class, by name or index
     predicted, # The predicted class, by name or index; may be the true one

@@ -1,0 +1,70 @@
+"The process's random numbers: nothing of ours draws them, and nothing rewinds what another thread draws."
+import threading, pytest
+from conftest import *
+
+
+def train(pics, beside=None):
+    learn = pic_learner(pics, batch_tfms=aug_transforms())
+    set_seed(3)
+    if beside is not None: beside.start()
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-3, cbs=MixUp())
+    return [p.detach().clone() for p in learn.model.parameters()]
+
+
+@pytest.mark.slow
+def test_a_training_beside_a_thread_that_explains(pics):
+    "Takes the course that it takes alone"
+    other,files = pic_learner(pics),get_image_files(pics)
+    want,calls,done = train(pics),[],threading.Event()
+    def explain():
+        while not done.is_set():
+            other.get_heatmaps(files[:3], cls=[0,1])
+            other.get_heatmaps().image(0)
+            model_heatmaps(other.model, torch.zeros(1, 3, 64, 64))
+            calls.append(1)
+    thread = threading.Thread(target=explain)
+    try: got = train(pics, thread)
+    finally:
+        done.set()
+        thread.join()
+    assert len(calls)>3
+    for a,b in zip(want, got): assert torch.equal(a, b)
+
+
+class Draws(nn.Module):
+    "Draws, also in eval mode"
+    def forward(self, x): return F.dropout(x, .5, training=True)*random.random()*np.random.rand()
+
+class DrawingTransform(RandTransform):
+    order = 100
+    def encodes(self, x:TensorImage): return x*(random.random()+np.random.rand()+float(torch.rand(1)))
+
+
+@pytest.mark.parametrize('how', ['model', 'transform'])
+def test_what_the_model_and_the_transforms_draw(pics, how):
+    learn = pic_learner(pics)
+    if how=='model': learn.model = nn.Sequential(learn.model[0], nn.Sequential(Draws(), *learn.model[1]))
+    else: learn.dls.valid.after_batch.add(DrawingTransform(split_idx=1))
+    f = get_image_files(pics)[0]
+    def numbers(): return random.random(),np.random.rand(),torch.rand(2).tolist()
+    set_seed(1)
+    want = numbers()
+    for call in (lambda: learn.get_heatmaps(), lambda: learn.show_gradcam(f), lambda: model_heatmaps(learn.model, torch.zeros(1, 3, 64, 64)),
+                 lambda: layer_shapes(learn.model, torch.zeros(1, 3, 64, 64)), lambda: learn.get_heatmaps(f).image(0)):
+        set_seed(1)
+        call()
+        assert numbers()==want
+
+
+def test_nothing_of_ours_draws(learn, pics, monkeypatch):
+    "So that there is nothing to put back"
+    from fastai_heatmaps.core import no_trace
+    monkeypatch.setattr(no_trace, 'random_numbers', lambda: noop)
+    f = get_image_files(pics)[0]
+    set_seed(1)
+    want = random.random(),np.random.rand(),torch.rand(2).tolist()
+    for call in (lambda: learn.get_heatmaps(), lambda: learn.get_heatmaps([f]*9, method='occlusion', **quick['occlusion']), lambda: learn.show_gradcam(f),
+                 lambda: learn.plot_heatmap_grid(n=3), lambda: learn.get_heatmaps(ds_idx=0)[[1,3]].show(on='original'), lambda: learn.show_feature_maps(f)):
+        set_seed(1)
+        call()
+        assert (random.random(),np.random.rand(),torch.rand(2).tolist())==want
