@@ -412,6 +412,15 @@ def test_no_photos_but_our_own(call, pets, mixed):
     assert not Path('out2').exists()
 
 
+def test_a_photo_that_may_not_be_opened(call, pets, mixed, monkeypatch):
+    "It is skipped, as any that cannot be read"
+    from fastai_heatmaps.cli import files
+    def denied(f, *args): raise PermissionError(13, 'Permission denied', f)
+    with monkeypatch.context() as m:
+        m.setattr(files, 'open', denied, raising=False)
+        assert len(files.find_images(['photos'])[0])==4
+
+
 @pytest.mark.parametrize('kind', ['jpg', 'svg'])
 def test_an_own_grid_is_no_photo(call, pets, mixed, kind):
     for i in range(2):

@@ -83,12 +83,14 @@ def is_drawn(
     file # The path of an image
 ) -> bool:
     "Ask whether this package drew the picture in `file`"
-    mark = b'fastai_heatmaps ' # before its version
-    with open(file, 'rb') as f:
-        head = f.read(1024)
-        if head[:4]!=b'RIFF' or mark in head: return mark in head
-        f.seek(max(0, os.path.getsize(file)-1024)) # a WebP has its EXIF data at the end
-        return mark in f.read()
+    try: f = open(file, 'rb')
+    except OSError: return False # what opens it as a photo says why
+    with f:
+        ends = f.read(1024)
+        if ends[:4]==b'RIFF': # a WebP, which has its EXIF data at the end
+            f.seek(max(0, os.path.getsize(file)-1024))
+            ends += f.read()
+    return b'fastai_heatmaps ' in ends # before its version
 
 # %% ../../nbs/70_cli.files.ipynb #c100000d
 def find_images(
