@@ -84,6 +84,7 @@ def test_readme_is_what_the_notebook_writes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.version_info<(3,11), reason='the docs need myst-parser 5, which needs Python 3.11')
 def test_docs_build_strictly():
     res = subprocess.run([sys.executable, root/'tools'/'docs.py'], capture_output=True, text=True)
     assert res.returncode==0, res.stdout+res.stderr
