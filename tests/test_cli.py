@@ -133,7 +133,8 @@ def test_photos_of_all_kinds(run, pets, pics, tmp_path):
     res = run('gradcam', path/'export.pkl', '--trust', 'photos', 'gone.jpg', '--top', 2, 'photos/sub/../good.jpg', '--bs', 5)
     assert res.returncode==1
     told = res.stderr.splitlines()
-    assert len(told)==4 and all(l.startswith('fastai-heatmaps: skipped: ') for l in told), res.stderr
+    assert len(told)==5 and sum(l.startswith('fastai-heatmaps: skipped: ') for l in told)==4, res.stderr
+    assert sum('lie on their side' in l and 'add --upright' in l for l in told)==1 # rotated.jpg
     for o,words in {'gone.jpg': 'no file', 'cut.jpg': 'truncated', 'text.jpg': 'cannot identify', 'huge.png': '400000000 pixels'}.items(): assert any(o in l and words in l for l in told), o
     good = [f for f in sorted(get_image_files(d)) if f.name not in ('cut.jpg', 'text.jpg', 'huge.png', '.hidden.png')] + [d/'good.jpg']
     n = len(good)
@@ -303,9 +304,9 @@ def test_many_images(pets, pics, tmp_path, monkeypatch, capsys):
     files,n = sorted(Path('all').rglob('*.png')),[]
     files[100].write_text('no image')
     old = Learner.get_heatmaps
-    def spy(self, items, **kwargs):
-        n.append(len(items))
-        return old(self, items, **kwargs)
+    def spy(self, dl, **kwargs):
+        n.append(dl.n)
+        return old(self, dl=dl, **kwargs)
     monkeypatch.setattr(Learner, 'get_heatmaps', spy)
     monkeypatch.setattr(cli, '_parts', lambda n, bs: [slice(i, i+64) for i in range(0, n, 64)])
     assert cli.main(['gradcam', str(pets[1]/'export.pkl'), 'all', '--trust', '--cls', 'Red', '--format', 'jpg', '--out', 'all/out', '--bs', '12'])==1
@@ -368,3 +369,148 @@ def test_numbers(pets, pics, tmp_path, monkeypatch, capsys):
     assert cli.main([*args[:-1], '1'])==1 and 'another run: topk was 2 and is 1; choose another folder, or add --overwrite' in capsys.readouterr()[1]
     assert part.read_bytes()==data
     assert cli.main([*args[:-1], '1', '--overwrite'])==1 and load_heatmaps('out').cls.shape==(11,1)
+
+
+# Own pictures and the photos
+
+def photos_below(*folders): return sorted(f for d in folders for f in get_image_files(d))
+
+
+@pytest.fixture
+def mixed(pics, tmp_path):
+    "A folder of photos, one of them named as our pictures are, in a folder of its own"
+    d = tmp_path/'photos'
+    (d/'sub').mkdir(parents=True)
+    names = 'a.png', 'b-Red-overlay.png', 'sub/c.png', 'sub/z-Red-map.png'
+    for f,o in zip(get_image_files(pics), names): shutil.copy(f, d/o)
+    return d,[d/o for o in names]
+
+
+@pytest.mark.parametrize('where,fmt', [('photos', 'png'), ('photos', 'jpg'), ('photos', 'webp'), ('photos/sub', 'png'), ('.', 'png'), ('link', 'png'), ('photos/new', 'png')])
+def test_own_pictures_are_no_photos(call, pets, mixed, tmp_path, where, fmt):
+    "In the photos' own folder, one in it, one around it or a link to it; the folder searched or its files named, by a pattern or a CSV: each photo once, whatever it is called, and no picture of ours"
+    photos,mine = mixed
+    (tmp_path/'link').symlink_to(photos)
+    kept = [f.read_bytes() for f in mine]
+    args = 'gradcam', pets[1]/'export.pkl', '--trust', '--cls', 'Red', '--format', fmt, '--out', where, '--overwrite'
+    def done(*images):
+        res = call(*args, *images)
+        assert res.returncode==0 and res.stderr=='', res.stderr
+        return sorted((tmp_path/l.split(': ')[0]).resolve() for l in res.stdout.splitlines()[:-1])
+    for images in ('photos', '.', 'photos'): assert done(images)==sorted(mine)
+    there = photos_below(photos, *{(tmp_path/where).resolve()}-{photos, tmp_path})
+    (tmp_path/'all.csv').write_text('image\n'+'\n'.join(map(str, there)))
+    for images in (there, ['photos/**/*.*g', 'photos/**/*.webp'], ['all.csv']): assert done(*images)==sorted(mine)
+    assert [f.read_bytes() for f in mine]==kept
+    ours = {o.resolve() for o in photos_below(tmp_path)}-{*mine}
+    assert len(ours)==12 and {o.parent for o in ours}=={(tmp_path/where).resolve()}
+
+
+def test_no_photos_but_our_own(call, pets, mixed):
+    args = pets[1]/'export.pkl', '--trust', '--cls', 'Red'
+    assert call('gradcam', *args, 'photos/a.png', '--out', 'out').returncode==0
+    for o in ('out', 'out/a-Red-overlay.png', 'out/*.png'): one(call('gradcam', *args, o, '--out', 'out2'), 1, 'no images found', 'this command drew')
+    assert not Path('out2').exists()
+
+
+def test_a_photo_that_may_not_be_opened(call, pets, mixed, monkeypatch):
+    "It is skipped, as any that cannot be read"
+    from fastai_heatmaps.cli import files
+    def denied(f, *args): raise PermissionError(13, 'Permission denied', f)
+    with monkeypatch.context() as m:
+        m.setattr(files, 'open', denied, raising=False)
+        assert len(files.find_images(['photos'])[0])==4
+
+
+@pytest.mark.parametrize('kind', ['jpg', 'svg'])
+def test_an_own_grid_is_no_photo(call, pets, mixed, kind):
+    for i in range(2):
+        res = call('grid', pets[1]/'export.pkl', '--trust', 'photos', '--out', f'photos/{i}.{kind}')
+        assert (res.stdout, res.stderr)==(f'photos/{i}.{kind}: 4 images\n', '')
+
+
+def test_pictures_of_a_run_that_was_killed(call, pets, mixed, tmp_path, monkeypatch):
+    "They are known without a table of them"
+    from fastai_heatmaps.data import files
+    monkeypatch.setattr(files, 'add_rows', lambda *args: 1/0)
+    with pytest.raises(ZeroDivisionError): call('gradcam', pets[1]/'export.pkl', '--trust', 'photos', '--out', 'photos')
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert len(photos_below('photos'))==16 and not Path('photos/manifest.csv').exists()
+    assert 'heatmaps of 4 images' in call('gradcam', pets[1]/'export.pkl', '--trust', 'photos', '--out', 'photos', '--overwrite').stdout
+
+
+# What the command says, and to whom
+
+@pytest.mark.slow
+def test_closed(site, pets, pics, tmp_path):
+    "With stdin, stdout and stderr closed the work is done all the same, and no file takes its place"
+    env = {**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'}
+    line = f"'{sys.executable}' -m fastai_heatmaps.cli gradcam '{pets[1]}/export.pkl' '{next(iter(get_image_files(pics)))}' gone.jpg --trust --out out"
+    res = subprocess.run(f'{line} >&- 2>&- <&-', shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert res.returncode==1 and res.stdout==res.stderr==''
+    assert len(rows(tmp_path/'out'))==1 and len(list((tmp_path/'out').iterdir()))==4
+    for f in (tmp_path/'out').glob('*.png'): Image.open(f).load()
+
+
+def test_stderr_that_takes_nothing(monkeypatch):
+    "A line that cannot be told does not stop the work"
+    with open('/dev/full', 'w', buffering=1) as full:
+        monkeypatch.setattr(sys, 'stderr', full)
+        for o in range(2): cli.tell('a line')
+        assert os.path.samestat(os.fstat(full.fileno()), os.stat(os.devnull))
+
+
+def test_what_is_closed_is_filled(monkeypatch, tmp_path):
+    for name in ('stdin', 'stdout', 'stderr'): monkeypatch.setattr(sys, name, None)
+    assert cli.main(['gradcam', str(tmp_path/'no.pkl'), 'no.jpg'])==1
+    for o in (sys.stdin, sys.stdout, sys.stderr): o.close()
+
+
+@pytest.mark.parametrize('module', ['fastai_heatmaps', 'fastai_heatmaps.cli'])
+def test_python_m(site, tmp_path, module):
+    def run(*args): return subprocess.run([sys.executable, '-m', module, *args], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(site)}, capture_output=True, text=True)
+    assert run('--version').stdout.startswith('fastai-heatmaps ') and run('--help').stdout.startswith('usage: fastai-heatmaps ')
+    one(run('gradcam', 'a.pkl', 'no*.jpg'), 1, 'no images found')
+
+
+def test_options_that_would_do_nothing(call, pets, pics, tmp_path):
+    "They are told, with exit code 2, before anything is done"
+    args = pets[1]/'export.pkl', '--trust', pics
+    for command in ('gradcam', 'grid'):
+        one(call(command, *args, '--size', 64), 2, '--size goes with --arch')
+        one(call(command, *args, '--column', 'image'), 2, "--column 'image' is a column of a CSV", 'leave --column out')
+    assert not list(tmp_path.iterdir())
+    (tmp_path/'folder.csv').mkdir()
+    one(call('gradcam', *args[:2], 'folder.csv', '--column', 'image'), 2, 'a column of a CSV')
+    res = call('gradcam', *args[:2], 'gone.csv', '--column', 'image')
+    assert res.returncode==1 and "no file 'gone.csv'" in res.stderr
+
+
+@pytest.mark.parametrize('data', [b'\x80\x02pug\nboxer', b'pug\0\nboxer', 'pug\nboxer'.encode('utf-16')])
+def test_a_vocab_that_is_no_text(call, pics, tmp_path, data):
+    (tmp_path/'classes.bin').write_bytes(data)
+    (tmp_path/'a.pth').touch()
+    one(call('gradcam', 'a.pth', pics, '--arch', 'resnet18', '--vocab', 'classes.bin'), 2, "--vocab 'classes.bin' is no text in UTF-8", 'a class on each line')
+
+
+@pytest.fixture(scope='module')
+def no_weights(tmp_path_factory):
+    "Files that torch.load knows and that are no weights"
+    import tarfile, warnings
+    d = tmp_path_factory.mktemp('other')
+    torch.save({'a': torch.zeros(1)}, d/'w')
+    with tarfile.open(d/'a.tar', 'w') as t, tarfile.open(d/'a.tgz', 'w:gz') as gz: t.add(d/'w'); gz.add(d/'w')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), d/'a.pt')
+    return d
+
+
+@pytest.mark.parametrize('name,words', [('a.tar', ('a tar archive', 'unpack it')), ('a.tgz', ('a tar archive', 'unpack it')), ('a.pt', ('a TorchScript model', 'none of its code was run'))])
+def test_archives(no_weights, name, words):
+    "What the file is, and what to do: not PyTorch's advice to run the code in it"
+    for kwargs,do in ((dict(arch='resnet18', vocab='a,b'), 'torch.jit.load(file).state_dict()'), (dict(trust=True), 'learn.export()')):
+        with pytest.raises(RuntimeError) as e: open_learner(no_weights/name, **kwargs)
+        assert '\n' not in str(e.value) and 'weights_only' not in str(e.value) and all(w in str(e.value) for w in words), e.value
+        if name=='a.pt': assert do in str(e.value), e.value

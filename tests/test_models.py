@@ -304,6 +304,7 @@ def test_compiled_models(net, how):
     elif how=='part in place':         net[0].compile(backend=backend)
     elif how=='part by hand':          net[0].forward = torch.compile(net[0].forward, backend=backend)
     with torch.no_grad(): torch.testing.assert_close(model(x), plain)
+    if 'in place' in how and not calls: pytest.skip('this torch, as 2.6 does, compiles no Sequential in place')
     model.train()
     bn.eval()
     before,n,c = state(model),len(calls),len(compiled)
@@ -327,6 +328,9 @@ def test_compiled_models_in_two_threads(net):
     "Runs that overlap, of which the first to begin is the first to end, leave torch compiling as it did before"
     x,calls,compiled,steps = torch.randn(2, 3, 33, 33),[],[],[threading.Event() for _ in range(3)]
     net.compile(backend=counting(calls, compiled))
+    with torch.no_grad(): net(x)
+    if not calls: pytest.skip('this torch, as 2.6 does, compiles no Sequential in place')
+    calls.clear()
     def first(acts, grads): steps[0].set(); steps[1].wait(20); return acts.mean(1)
     def second(acts, grads): steps[1].set(); steps[2].wait(20); return acts.mean(1)
     a,b = [threading.Thread(target=lambda f=f: model_heatmaps(net, x, method=f)) for f in (first, second)]

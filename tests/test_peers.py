@@ -1,12 +1,14 @@
 """The same maps as pytorch-grad-cam, torch-cam and captum, where those are right, on real architectures.
 Where a peer is wrong or means something else by a name, the test says so, and finds the same map once that is undone."""
 import captum.attr as captum
-import pytest, pytorch_grad_cam as pgc, timm, torchcam.methods as tc
+import pytest, pytorch_grad_cam as pgc, timm
 from pytorch_grad_cam.ablation_layer import AblationLayer
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
 from torchvision.models import VisionTransformer
 from conftest import *
 from fastai_heatmaps.methods.changed import noisy
+
+tc = pytest.importorskip('torchcam.methods', reason='torchcam needs Python 3.11')
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:captum')
 

@@ -11,17 +11,17 @@ from contextlib import redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 from .. import __version__
-from .files import UsageError, tell, find_images, readable
+from .files import UsageError, hush, tell, find_images, readable
 from .models import open_learner
 from .demo import demo
 
 # %% ../../nbs/73_cli.main.ipynb #ca000006
-def _find_images(a, leave_out=None): # those that exist, and how many do not
-    files,gone = find_images(a.images, a.column, leave_out)
+def _find_images(a): # those that exist, and how many do not
+    files,gone = find_images(a.images, a.column)
     for f in gone: tell(f'skipped: there is no file {str(f)!r}')
     if not files:
         asked = ', '.join(map(repr, a.images[:5])) + ' ...'*(len(a.images)>5)
-        raise FileNotFoundError(f"no images found in {asked}")
+        raise FileNotFoundError(f"no images found in {asked} (pictures that this command drew do not count)")
     return files,len(gone)
 
 # %% ../../nbs/73_cli.main.ipynb #ca000007
@@ -45,14 +45,17 @@ def _request(a, learn): # the arguments for `get_heatmaps`
 def file_heatmaps(
     learn, # Learner
     files:list, # Paths of images
+    upright:bool=False, # As for `open_image`
     **kwargs # For `get_heatmaps`
 ) -> tuple: # `Heatmaps`, or None where no image can be read; the files that can
     "Explain those of `files` that can be read, and report the others"
-    try: return learn.get_heatmaps(files, **kwargs), files
+    from fastai_heatmaps.data.images import image_dl
+    def explain(files): return learn.get_heatmaps(dl=image_dl(learn.dls, files, kwargs.get('bs'), upright), **kwargs)
+    try: return explain(files), files
     except Exception:
         good = readable(files)
         if len(good)==len(files): raise
-    return (learn.get_heatmaps(good, **kwargs) if good else None), good
+    return (explain(good) if good else None), good
 
 # %% ../../nbs/73_cli.main.ipynb #c100001e
 def _name(o): # of a file, for a line
@@ -79,7 +82,7 @@ def _write_pictures(a, learn, files, written): # returns how many images were do
     request = _request(a, learn)
     done = 0
     for part in _parts(len(files), a.bs or learn.dls.valid.bs):
-        hm,good = file_heatmaps(learn, files[part], **request)
+        hm,good = file_heatmaps(learn, files[part], a.upright, **request)
         if not good: continue
         hm.save(a.out, a.format, a.on, [names[f] for f in good], a.overwrite)
         written(hm, good)
@@ -88,13 +91,14 @@ def _write_pictures(a, learn, files, written): # returns how many images were do
 
 # %% ../../nbs/73_cli.main.ipynb #c1000025
 def _write_numbers(a, learn, files, written): # as `_write_pictures`
+    from fastai_heatmaps.data.images import image_dl
     from fastai_heatmaps.data.store import FolderTaken
     from fastai_heatmaps.learner.core import plan_heatmaps, write_heatmaps
     request = _request(a, learn)
     files = readable(files, _shows_bars(a))
     if not files: return 0
-    images,explain,about = plan_heatmaps(learn, files, **request)
-    run = about()
+    images,explain,about = plan_heatmaps(learn, dl=image_dl(learn.dls, files, a.bs, a.upright), **request)
+    run = dict(upright=a.upright, **about())
     def tell_part(start, hm): written(hm, files[start:start+len(hm)])
     try: write_heatmaps(Path(a.out), images, explain, run, a.overwrite, tell_part)
     except FolderTaken as e: raise FileExistsError(str(e).replace('or delete this one', 'or add --overwrite')) from None
@@ -111,7 +115,7 @@ def save_heatmaps(
     "Write the heatmaps of many images, as pictures or numbers"
     if os.path.exists(a.out) and not os.path.isdir(a.out):
         raise NotADirectoryError(f'--out is the file {a.out!r}; expected a folder')
-    files,gone = _find_images(a, leave_out=a.out)
+    files,gone = _find_images(a)
     learn = _open_learner(a)
     out = sys.stdout # also while it is redirected
     def written(hm, files):
@@ -128,13 +132,15 @@ def _draw_grid(hm, files, out): # as one picture, each image with the name of it
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     from fastai_heatmaps.data.draw import wrap_title
-    from fastai_heatmaps.data.files import whole_file
+    from fastai_heatmaps.data.files import marked_exif, whole_file
     axs = hm.plot()
     firsts = axs.reshape(-1, hm.cls.shape[1]+1)[:,0]
     for f,ax in zip(files, firsts): wrap_title(ax, [_name(f.name)])
     out.parent.mkdir(parents=True, exist_ok=True)
     fig = axs.flat[0].figure
-    with whole_file(out) as tmp: fig.savefig(tmp, format=out.suffix[1:].lower(), dpi=110, bbox_inches='tight')
+    kind = out.suffix[1:].lower()
+    mark = dict(metadata={'Creator': f'fastai_heatmaps {__version__}'}) if kind in ('pdf', 'svg') else dict(pil_kwargs={'exif': marked_exif()})
+    with whole_file(out) as tmp: fig.savefig(tmp, format=kind, dpi=110, bbox_inches='tight', **mark)
     plt.close(fig)
 
 # %% ../../nbs/73_cli.main.ipynb #c1000027
@@ -151,7 +157,7 @@ def save_grid(
     learn = _open_learner(a)
     request = _request(a, learn)
     if a.n<len(files): files = random.Random(a.seed).sample(files, a.n)
-    with redirect_stdout(sys.stderr): hm,good = file_heatmaps(learn, files, **request)
+    with redirect_stdout(sys.stderr): hm,good = file_heatmaps(learn, files, a.upright, **request)
     if not good: raise FileNotFoundError('none of the images could be read')
     _draw_grid(hm, good, out)
     return _report(a, _images(len(good)), gone+len(files)-len(good))
@@ -231,6 +237,9 @@ def _add_question(c):
     g.add_argument('--layer', action='append',
                    help='the name of a layer, such as 0.7; may be repeated, to fuse their maps (default: the body)')
     g.add_argument('--column', metavar='NAME', help='the column of the CSV that holds the paths (default: the first)')
+    g.add_argument('--upright', action='store_true',
+                   help='turn photos as their EXIF orientation says; fastai does not, so a model that was trained on photos '
+                        'from phones saw them lying on their side as well')
 
 def _add_model(c):
     g = c.add_argument_group('the model')
@@ -239,8 +248,7 @@ def _add_model(c):
     g.add_argument('--arch', help='the architecture of weights, as vision_learner knows it: resnet34, or a name of timm')
     g.add_argument('--vocab',
                    help='their classes, in order: a text file with one on each line, or names with commas between them')
-    g.add_argument('--size', type=_at_least_1, default=224,
-                   help='for weights: images are resized and cropped to this (default: %(default)s)')
+    g.add_argument('--size', type=_at_least_1, help='for weights: images are resized and cropped to this (default: 224)')
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     g.add_argument('--bs', type=_at_least_1, metavar='N', help="images in a batch (default: the Learner's)")
 
@@ -298,17 +306,29 @@ def _parse(args):
     a.images += more
     return a
 
+# %% ../../nbs/73_cli.main.ipynb #ca000023
+def _for_a_shell(o): # the text of an error or a warning, with options in place of arguments
+    return (str(o).replace('pass overwrite=True', 'add --overwrite')
+                  .replace('pass open_image(file, upright=True)', 'add --upright'))
+
+def _fill_std(): # stands in for what is closed of stdin, stdout and stderr, so that no other file takes its place
+    fd = 0
+    while fd<3: fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    for name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'r' if name=='stdin' else 'w'))
+
 # %% ../../nbs/73_cli.main.ipynb #ca000022
 def _run(a): # the exit code of a command, whatever happens to it
     try: return a.run(a)
     except BrokenPipeError: # as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush(sys.stdout)
         return 1
     except KeyboardInterrupt:
         tell('interrupted')
         return 130
     except FileExistsError as e:
-        tell(str(e).replace('pass overwrite=True', 'add --overwrite'))
+        tell(_for_a_shell(e))
         return 1
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
         is_os = getattr(e, 'strerror', None) # a full disk does not say which file it was
@@ -320,10 +340,11 @@ def main(
     args:list=None # The words after the command's name; None = those that it was called with
 ) -> int: # The exit code
     "Run the command `fastai-heatmaps`"
+    _fill_std()
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # to print any file name
     a = _parse(args)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         warnings.filterwarnings('default', category=UserWarning, module=r'fastai_heatmaps\.')
-        warnings.showwarning = lambda message, *args, **kwargs: tell(f'warning: {message}')
+        warnings.showwarning = lambda message, *args, **kwargs: tell(f'warning: {_for_a_shell(message)}')
         return _run(a)
