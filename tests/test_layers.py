@@ -176,7 +176,7 @@ class Turn(nn.Module):
     def forward(self, x): return x.transpose(1,2)
 
 
-def suggested(e): return re.findall(r"'([^']+)'(?: \(|,|$)", str(e).split('names are')[-1] if 'names are' in str(e) else str(e).split('such as')[-1])
+def suggested(e): return re.findall(r"'([^']+)'(?: \(|,|$)", re.split('names are|such as', str(e))[-1])
 
 
 @pytest.mark.parametrize('name', ['resnet', 'mobilenet', 'vit', 'swin', 'own'])

@@ -13,7 +13,8 @@ from fastai_heatmaps.core.passes import model_heatmaps
 from fastai_heatmaps.methods.cam import gradcam
 
 sizes = 'atto femto pico nano zepto xxs xxt xxsmall tiny xs t0 s0 m0 b0 xsmall t1 t s small mini - base large huge giant'.split()
-left_out = 'aimv2 beit3 csatv2 deepseek gemma4 mobilenetv5 nasnetalarge pnasnet qwen3 sam sam2 samvit test'.split() # too large, no picture classifiers, or made for timm's own tests
+# too large, no picture classifiers, or made for timm's own tests
+left_out = 'aimv2 beit3 csatv2 deepseek gemma4 mobilenetv5 nasnetalarge pnasnet qwen3 sam sam2 samvit test'.split()
 places = [(y,x) for y in (.2,.5,.8) for x in (.2,.5,.8)]
 
 
@@ -22,7 +23,8 @@ def families():
     res = {}
     def looks(n):
         words,numbers = n.split('_')[1:],[int(o) for o in re.findall(r'\d+', n)]
-        return max([int(o) for o in words if o.isdigit() and int(o)>=100], default=224), min([sizes.index(w) for w in words if w in sizes], default=sizes.index('-')), numbers, n
+        pixels = max([int(o) for o in words if o.isdigit() and int(o)>=100], default=224)
+        return pixels, min([sizes.index(w) for w in words if w in sizes], default=sizes.index('-')), numbers, n
     for n in sorted(timm.list_models(), key=looks): res.setdefault(re.match(r'[a-z]+(?:v?\d(?=_|[a-z]))?', n)[0], n)
     return {k:res[k] for k in sorted(res) if k not in left_out}
 
@@ -56,10 +58,11 @@ def found(acts):
 
 @torch.no_grad()
 def judged(model, xb, layers):
-    "Of the nine `pictures` xb: in how many do all of the `layers` show the square in its place?"
+    "In how many of the nine `pictures` xb do all of the `layers` show the square in its place; the grids"
     with quiet(model), copied_outputs(layers) as hooks: model(xb)
     maps = [as_map(h.stored, xb) for h in hooks]
-    return min(found(m.float()) if m is not None and len(m)==len(xb) else 0 for m in maps), ' '.join(f'{m.shape[2]}×{m.shape[3]}' for m in maps if m is not None)
+    hits = min(found(m.float()) if m is not None and len(m)==len(xb) else 0 for m in maps)
+    return hits,' '.join(f'{m.shape[2]}×{m.shape[3]}' for m in maps if m is not None)
 
 
 def row(name):

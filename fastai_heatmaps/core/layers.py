@@ -149,7 +149,7 @@ def _noisy(x): # a version of the picture `x` (1, C, H, W) for each of `_places`
     for r,c in _places:
         res = x.clone()
         t,l = [int((o+.25)*s/4) for o,s in zip((r,c), x.shape[2:])]
-        res[...,t:t+h,l:l+w] = (noise*2*torch.where(std>0, std, 1)+mean).to(x.dtype)[...,:x.shape[2]-t,:x.shape[3]-l]
+        res[...,t:t+h,l:l+w] = (noise*2*torch.where(std>0, std, 1)+mean).to(x.dtype)
         yield res
 
 # %% ../../nbs/02_core.layers.ipynb #ly000014
@@ -180,6 +180,7 @@ def _with_influence(model, names, dense, *xb): # those of the layers `names` wit
     xb = [x[:1] for x in xb]
     with quiet(model), leaf_hooks([model.get_submodule(n) for n in names]) as hooks:
         outs = [t for t in tensors_in(model(*xb)) if t.is_floating_point()]
+        if not outs: return []
         with torch.enable_grad(): y = outs[0].float().pow(2).sum() if dense else sum(t.float().amax() for t in outs)
         if not y.requires_grad: return [] # the model runs the rest under no_grad
         grads = torch.autograd.grad(y, [h.stored for h in hooks], allow_unused=True)
@@ -203,7 +204,7 @@ def usable_layers(
     late = list(maps)[-8 if dense else -64:]
     late = _with_influence(model, late, dense, *xb) or late
     if not doubtful: return {n:maps[n] for n in late},True
-    for names in (late[-8:], late[:-8]): # most often the last will do
+    for names in filter(None, (late[-8:], late[:-8])): # most often the last will do
         shown = places_shown(model, [model.get_submodule(n) for n in names], *xb)
         clear = [n for n,k in zip(names, shown) if k>=_enough]
         if clear: return {n:maps[n] for n in clear},True
