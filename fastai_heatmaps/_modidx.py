@@ -278,6 +278,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace._figures': ( 'core.no_trace.html#_figures',
                                                                                            'fastai_heatmaps/core/no_trace.py'),
+                                               'fastai_heatmaps.core.no_trace._frames': ( 'core.no_trace.html#_frames',
+                                                                                          'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace._is_alone': ( 'core.no_trace.html#_is_alone',
                                                                                             'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace._is_at_work': ( 'core.no_trace.html#_is_at_work',

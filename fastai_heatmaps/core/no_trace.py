@@ -11,7 +11,7 @@ from fastai.basics import *
 from fastai.callback.hook import Hook
 from functools import wraps
 from torch.overrides import TorchFunctionMode
-import operator,sys,sysconfig,threading,traceback
+import gc,operator,sys,sysconfig,threading,traceback
 
 # %% ../../nbs/00_core.no_trace.ipynb #b62420ec
 _local = threading.local() # its `undo`: what the call under way on this thread has still to put back
@@ -76,8 +76,13 @@ def _is_at_work(frame): # may the thread that is there draw random numbers?
         frame = frame.f_back
     return not waits
 
+def _frames(): # thread -> where it is. Python before 3.11.8 and 3.12.2 may wait for ever if it collects garbage meanwhile (gh-106883)
+    calls = (gc.disable, sys._current_frames, gc.enable) if gc.isenabled() else (sys._current_frames,)
+    res = list(map(operator.methodcaller('__call__'), calls)) # in C, so that no interrupt and no other thread comes between
+    return res[len(calls)//2]
+
 def _is_alone(): # is no other thread at work in this process?
-    return not any(_is_at_work(f) for i,f in sys._current_frames().items() if i!=threading.get_ident())
+    return not any(_is_at_work(f) for i,f in _frames().items() if i!=threading.get_ident())
 
 def random_numbers():
     "Note the state of the random number generators of Python, NumPy and torch; give a function that puts it back"
