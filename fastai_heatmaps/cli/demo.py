@@ -8,10 +8,12 @@ __all__ = ['demo_page', 'demo_pictures', 'demo']
 # %% ../../nbs/72_cli.demo.ipynb #cd000002
 from html import escape
 from pathlib import Path
+from .. import __version__
 
 # %% ../../nbs/72_cli.demo.ipynb #c100002b
 _page = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>fastai_heatmaps</title>
+<meta name="generator" content="fastai_heatmaps {version}">
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }} figure {{ margin: 2em 0 }}
 img {{ max-width: 100%; max-height: 520px }} figcaption {{ color: #555 }}</style>
 <h1>fastai_heatmaps</h1>
@@ -27,7 +29,7 @@ def demo_page(
     "Write a page of pictures"
     def figure(name, text):
         return f'<figure><img src="{name}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-    return _page.format(figures='\n'.join(figure(name, escape(text)) for name,text in pictures.items()))
+    return _page.format(version=__version__, figures='\n'.join(figure(name, escape(text)) for name,text in pictures.items()))
 
 # %% ../../nbs/72_cli.demo.ipynb #cd000007
 def demo_pictures(): # Yields name, caption, and a function that draws on a new figure
@@ -56,16 +58,19 @@ def demo(
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    out = Path(out)
+    from fastai_heatmaps.data.files import is_drawn, marked_exif
+    out,pictures = Path(out),list(demo_pictures())
+    page,done = out/'index.html',{}
+    for o in (page, *[out/f'{name}.png' for name,_,_ in pictures]):
+        if o.exists() and not is_drawn(o):
+            raise FileExistsError(f"{o} was not made by this package, and is left as it is: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    done = {}
-    for name,text,draw in demo_pictures():
+    for name,text,draw in pictures:
         draw()
-        plt.gcf().savefig(out/f'{name}.png', dpi=110)
+        plt.gcf().savefig(out/f'{name}.png', dpi=110, pil_kwargs={'exif': marked_exif()})
         plt.close('all')
         done[f'{name}.png'] = text
         print(f'{out/name}.png: {text}')
-    page = out/'index.html'
     page.write_text(demo_page(done), encoding='utf-8')
     print(f'{page}: all of them on a page')
     return page

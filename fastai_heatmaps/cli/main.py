@@ -143,6 +143,13 @@ def _draw_grid(hm, files, out): # as one picture, each image with the name of it
     with whole_file(out) as tmp: fig.savefig(tmp, format=kind, dpi=110, bbox_inches='tight', **mark)
     plt.close(fig)
 
+# %% ../../nbs/73_cli.main.ipynb #ca000033
+def _check_file(out, overwrite): # may the grid be written there?
+    if not out.exists(): return
+    if not overwrite: raise FileExistsError(f"{str(out)!r} exists: choose another name, or add --overwrite")
+    from fastai_heatmaps.data.files import is_drawn
+    if not is_drawn(out): raise FileExistsError(f"{str(out)!r} is no picture that this package drew, and is left as it is: choose another name")
+
 # %% ../../nbs/73_cli.main.ipynb #c1000027
 def save_grid(
     a # The arguments, as parsed
@@ -151,8 +158,7 @@ def save_grid(
     out = Path(a.out)
     if out.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg'):
         raise UsageError(f"--out is {a.out!r}; expected a name that ends in .png, .jpg, .webp, .pdf or .svg")
-    if out.exists() and not a.overwrite:
-        raise FileExistsError(f"{a.out!r} exists: choose another name, or add --overwrite")
+    _check_file(out, a.overwrite)
     files,gone = _find_images(a)
     learn = _open_learner(a)
     request = _request(a, learn)

@@ -223,7 +223,7 @@ def no_map(
     "Make the error for `what` having no map, with the names of layers of `model` that have one, the last ones first"
     maps,_ = usable_layers(model, *xb)
     if maps: return ValueError(f"{what}: choose a layer that puts out a map (n, C, h, w), such as {_some(maps)}")
-    return ValueError(f"{what}: no layer of this {type(model).__name__} puts out a map (n, C, h, w) of its input, "
+    return ValueError(f"{what}: no layer of this {model._get_name()} puts out a map (n, C, h, w) of its input, "
                       "or tokens of its patches; heatmaps of a layer need an image model with a convolutional body, or a vision transformer")
 
 # %% ../../nbs/02_core.layers.ipynb #67903ebe
@@ -237,7 +237,7 @@ def default_layer(
     maps,sure = usable_layers(model, *xb)
     if not maps: raise no_map('there is no default layer', model, *xb)
     name = last(maps)
-    if not sure: warn(f"it is not sure that a map of this {type(model).__name__} shows what is where: a change in one place of the picture "
+    if not sure: warn(f"it is not sure that a map of this {model._get_name()} shows what is where: a change in one place of the picture "
                       f"does not show most there. The default is '{name}'; name another layer if it looks wrong, such as {_some(maps)}")
     return model.get_submodule(name)
 

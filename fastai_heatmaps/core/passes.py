@@ -10,11 +10,11 @@ __all__ = ['Probe', 'fuse', 'check_hook', 'check_bs', 'recordable', 'evidence_fo
 from fastai.basics import *
 from .no_trace import quiet, unwrap, restoring, thread_modes, no_trace
 from .hooks import InputHook, gradients
-from .layers import as_map, no_map, layer_names
+from .layers import tensors_in, as_map, no_map, layer_names
 from .targets import class_indices, is_targ
 from .tasks import find_task, activation, warn_if_saturated
 from .method import get_method, no_pictures
-from .inputs import OneInput, of_input
+from .inputs import with_tensors, OneInput, of_input
 from contextlib import nullcontext
 from copy import copy
 from fastcore.imports import IN_NOTEBOOK
@@ -101,10 +101,11 @@ def check_bs(
 
 # %% ../../nbs/06_core.passes.ipynb #ps000022
 def recordable(
-    x # An input of a model
+    x # What a model takes: tensors, also inside dicts, lists and tuples
 ): # `x`, or a copy
-    "Copy a tensor that was made under `torch.inference_mode`; leave anything else as it is"
-    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+    "Copy the tensors in `x` if some were made under `torch.inference_mode`; leave anything else as it is"
+    ts = tensors_in(x)
+    return with_tensors(x, (t.clone() for t in ts)) if any(t.is_inference() for t in ts) else x
 
 # %% ../../nbs/06_core.passes.ipynb #ps000025
 def evidence_for(

@@ -99,7 +99,7 @@ def _is_run(run): # is this what `run_info` writes?
     return (type(n)==type(part)==int and part>0 and type(places)==type(names)==list and len(places)==len(names)==n>0
             and all(type(o)==int and o>=0 for o in places) and all(isinstance(o, str) for o in names)
             and isinstance(run['vocab'], (list, type(None))) and type(run['thresh']) in (int, float)
-            and isinstance(run['items'], str) and isinstance(run['samples'], list))
+            and isinstance(run['items'], str) and isinstance(run['samples'], list) and type(run.get('input', 0))==int)
 
 def read_run(
     folder:Path # Of the store
@@ -146,8 +146,9 @@ def run_info(
 
 # %% ../../nbs/25_data.store.ipynb #st000009
 def _held_run(folder): # whose heatmaps are in `folder`; None if there is nothing
-    if (folder/'manifest.json').exists(): return read_run(folder)
-    if folder.is_dir() and any(not o.name.startswith('.fastai_heatmaps') for o in folder.iterdir()):
+    holds = folder.is_dir() and any(not o.name.startswith('.fastai_heatmaps') for o in folder.iterdir())
+    if (folder/'manifest.json').exists(): return read_run(folder) # asked last: another run may begin meanwhile
+    if holds:
         raise FolderTaken(f"{folder} holds other things than heatmaps: choose another folder")
 
 def _other_run(folder, why): # the error

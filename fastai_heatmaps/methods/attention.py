@@ -74,7 +74,7 @@ def attending_blocks(
     "List the blocks of a vision transformer: the modules that hold an attention layer"
     parents = [name.rpartition('.')[0] for name in attentions(model, *xb)]
     blocks = list(dict.fromkeys(model.get_submodule(name) for name in parents))
-    if not blocks: raise _refused(f"this {type(model).__name__} has no attention")
+    if not blocks: raise _refused(f"this {model._get_name()} has no attention")
     return blocks
 
 # %% ../../nbs/14_methods.attention.ipynb #at000006

@@ -10,6 +10,7 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace
 from ..core.tasks import tasks
 from ..core.method import get_method
+from ..core.passes import person_looks
 from ..data.images import to_images, as_items
 from ..data.draw import color_scale, show_overlay, wrap_title, new_panels
 from ..data.heatmaps import Heatmaps
@@ -35,9 +36,9 @@ def _name_row(ax, name): # beside its first Axes
 # %% ../../nbs/41_views.compare.ipynb #cm000008
 def _shares_pass(f): return f.at_layer and f.during is nullcontext # may other methods be asked on the same pass?
 
-def _kept_pass(learn, img, watch, **kwargs): # as `Images`, and the pass
+def _kept_pass(learn, img, watch, input=0, **kwargs): # as `Images`, and the pass
     run,passes = shadow(learn),[]
-    images = to_images(run.dls, [img], vocab=output_names(learn))
+    images = to_images(run.dls, [img], vocab=output_names(learn), input=input)
     run_passes(run, images, watch, passes.append, keep=True, **kwargs)
     return images,passes[0]
 
@@ -95,6 +96,7 @@ def compare_heatmaps(self:Learner,
     topk:int=1, # How many of the most likely classes, if `cls` is None
     bs:int=None, # How many changed images are run at once, for the methods that change them; None = 64, or 16 on a CPU
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
+    input:int=0, # Which of the model's inputs is explained and shown, where it takes several
     **options # Of the methods, such as `n` for 'rise'
 ): # An array of Axes, rows × columns
     "Show one image explained by several methods, or at several layers: a row each, a column for each class"
@@ -103,7 +105,7 @@ def compare_heatmaps(self:Learner,
     if by_layer and is_listy(method): raise ValueError("method and layer are both lists: the rows can be one of them")
     rows = list(layer) if by_layer else listify(ifnone(method, ['gradcam', 'gradcam++', 'hirescam', 'layercam']))
     if not rows: raise ValueError("the list of rows is empty: name at least one method or layer")
-    ask = dict(relu=relu, topk=topk, bs=bs, score=score)
+    ask = dict(relu=relu, topk=topk, bs=bs, score=score, input=input)
     if by_layer: hms = _at_layers(self, img, get_method(ifnone(method, 'gradcam'), **options), cls, rows, **ask)
     else: hms = _by_methods(self, img, [get_method(m, **options) for m in rows], cls, layer, **ask)
     names = [_layer_name(hm) for hm in hms] if by_layer else [_method_name(m) for m in rows]
@@ -156,9 +158,9 @@ def _explained(name, o, items, *args, **kwargs): # its `Heatmaps` without the Da
 
 # %% ../../nbs/41_views.compare.ipynb #cm000018
 def _explain_each(learners, items, *args, **kwargs): # the same of all models, one after the other
-    lazy = any(not isinstance(o, Learner) for o in learners.values())
-    res = []
-    for name,o in progress_bar(list(learners.items()), leave=False) if lazy and len(learners)>1 else learners.items():
+    pairs,res = list(learners.items()),[]
+    lazy = any(not isinstance(o, Learner) for _,o in pairs)
+    for name,o in progress_bar(pairs, leave=False) if lazy and len(pairs)>1 and person_looks() else pairs:
         res.append(_explained(name, o, items, *args, **kwargs))
         if not isinstance(o, Learner): gc.collect() # a Learner and its callbacks know each other, so they wait to be collected
     return zip(*res)

@@ -29,10 +29,11 @@ class Passes:
     def __init__(self,
         learn:Learner,
         img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
-        score=None # For models that do not give one number a class: a function from the output to scores (n, c)
+        score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
+        input:int=0 # Which of the model's inputs is explained and shown, where it takes several
     ):
-        store_attr()
-        self.images = to_images(shadow(learn).dls, [img], vocab=output_names(learn))
+        store_attr('learn,img,score')
+        self.images = to_images(shadow(learn).dls, [img], vocab=output_names(learn), input=input)
         self.kept = {} # 'layer', 'input' or 'model' -> what the pass was watched for, the `Pass`
         self.shapes = {} # a layer's name -> the shape of its output
         self.default = None # the default layer, once it is known
@@ -182,12 +183,13 @@ def explore_heatmaps(self:Learner,
     method='gradcam', # The method to begin with: a name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # The layer to begin with: a module, or its name; None = the body, or the last layer with a map
     alpha=0.6, # The opacity of the map to begin with: 0 to 1
-    score=None # For models that do not give one number a class: a function from the output to scores (n, c)
+    score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
+    input:int=0 # Which of the model's inputs is explained and shown, where it takes several
 ): # A widget
     "Explore with the mouse why the model answers as it does to `img`: choose the class, method, layer and opacity"
     try: import ipywidgets as W
     except ImportError: raise ImportError('explore_heatmaps needs ipywidgets: pip install "fastai_heatmaps[explore]"') from None
-    passes = Passes(self, img, score)
+    passes = Passes(self, img, score, input)
     hm = passes.heatmaps(cls, method, layer)
     controls = _controls(W, passes, hm, method, layer, alpha)
     note = W.HTML(layout=W.Layout(min_height='2.2em', margin='0 0 0 4.5em'))
