@@ -86,6 +86,7 @@ def run_blocks(
     "Run `model`, and give what each block puts out and how it attends"
     with torch.no_grad(), attention_weights() as aw, leaf_hooks(blocks, BlockHook) as hooks: model(*xb)
     outs,weights,n = [h.stored for h in hooks],aw.weights,len(xb[0])
+    if not weights: raise _refused("this model works out its attention itself, without torch's F.scaled_dot_product_attention")
     T = outs[-1].shape[1] if isinstance(outs[-1], Tensor) and outs[-1].ndim==3 else 0
     are_tokens = all(isinstance(o, Tensor) and o.shape[:2]==(n,T) for o in outs)
     all_to_all = len(weights)==len(outs) and all(w.shape[0]==n and w.shape[-2:]==(T,T) for w in weights)
