@@ -104,12 +104,12 @@ def no_trace(
         if getattr(_local, 'undo', None) is not None: return f(*args, **kwargs) # the call around this one sees to it
         undo,restore,close = [],[thread_modes(), random_numbers()],_figures()
         def put_back():
+            _local.undo = None
             while undo:
                 undo[-1]()
                 undo.pop()
             for o in restore: o()
             _unlock()
-            _local.undo = None
         try:
             try:
                 _local.undo = undo
