@@ -22,36 +22,38 @@ def as_leaf(module, input, output):
 
 # %% ../../nbs/01_core.hooks.ipynb #hk000032
 class Part(NamedTuple):
-    "Which part of what a layer puts out is looked at"
-    run:int # In which of its runs
+    "The part of a layer's output that is looked at"
+    run:int # Which of the layer's runs
     place:int=0 # Which of the `of` parts of the batch
     of:int=1 # How many parts the batch has, one for each picture
-    apart:bool=False # Do the pictures of an item lie side by side, rather than all the first ones before all the second ones?
+    apart:bool=False # Are the pictures of an item next to each other in the batch, rather than all first pictures before all second ones?
 
     def rows(self, n):
         "Give the rows that belong to it, of the `n` that the layer puts out"
         if self.of==1: return every_row
-        return slice(self.place, None, self.of) if self.apart else slice(self.place*n//self.of, (self.place+1)*n//self.of)
+        if self.apart: return slice(self.place, None, self.of)
+        return slice(self.place*n//self.of, (self.place+1)*n//self.of)
 
 # %% ../../nbs/01_core.hooks.ipynb #hk000033
 every_row = slice(None)
 
 def rows_seen(
-    hook, # With a `part`, or None to look at each run; and `ran`, how often its layer has run
+    hook, # Its `part` is None to look at each run; its `ran` counts the runs of its layer
     output # Of the layer
 ) -> slice: # None where the hook lets this run through
     "Count this run, and give the rows of `output` that `hook` looks at"
     if hook.part is None: return every_row
+    run = hook.ran
     hook.ran += 1
-    return hook.part.rows(len(output)) if hook.ran-1==hook.part.run else None
+    return hook.part.rows(len(output)) if run==hook.part.run else None
 
 # %% ../../nbs/01_core.hooks.ipynb #hk000034
 def put_rows(
     output:Tensor, # What a layer puts out
     rows:slice, # Some of its rows
-    value # What is to be there
+    value # What comes there
 ):
-    "Put `value` into the place of these rows; the others stay as they are"
+    "Replace these rows by `value`; the others stay as they are"
     if rows==every_row: return value
     output = output.clone()
     output[rows] = value
@@ -94,7 +96,7 @@ def leaf_output(
 def leaf_hooks(
     layers:list, # The layers to look at
     cls:type=LeafHook, # The kind of hook that sits on them
-    parts:list=None # A `Part` for each layer, or None for all of its last run; None = None for each
+    parts:list=None # For each layer a `Part`, or None for the whole of its last run; None = so for each
 ):
     "Put a hook on each of `layers`, and remove them however the context ends"
     hooks = [cls.__new__(cls) for _ in layers]
@@ -126,7 +128,8 @@ def copied_outputs(
     with restoring(remove):
         for i,l in enumerate(layers):
             hooks.append(hook_output(l))
-            hooks[i].hook_func,hooks[i].m,hooks[i].part,hooks[i].ran = partial(copied, i),l,parts and parts[i],0
+            hooks[i].hook_func,hooks[i].m = partial(copied, i),l
+            hooks[i].part,hooks[i].ran = parts and parts[i],0
         yield hooks
 
 # %% ../../nbs/01_core.hooks.ipynb #ca769fcf
@@ -156,16 +159,16 @@ class SwapHook(LeafHook):
 # %% ../../nbs/01_core.hooks.ipynb #hk000017
 @contextmanager
 def every_output(
-    f:callable, # Takes a module, its input and its output
-    before:callable=noop # Takes a module and its input
+    f:callable, # Called after each layer with the module, its input and its output
+    before:callable=noop # Called before it with the module and its input
 ):
-    "Call `f` after each layer that runs on this thread, and `before` before it"
+    "Call functions for each layer that runs on this thread"
     thread,module = threading.get_ident(),nn.modules.module
-    def here(f):
-        def mine(*args):
+    def on_this_thread(f):
+        def called(*args):
             if threading.get_ident()==thread: f(*args)
-        return mine
-    begin,end = here(before),here(f)
+        return called
+    begin,end = on_this_thread(before),on_this_thread(f)
     def remove():
         for hooks in (module._global_forward_pre_hooks, module._global_forward_hooks):
             for k in [k for k,o in hooks.items() if o in (begin, end)]: hooks.pop(k, None)

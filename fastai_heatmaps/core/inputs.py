@@ -15,9 +15,9 @@ from copy import copy
 # %% ../../nbs/07_core.inputs.ipynb #in000005
 def with_tensors(
     o, # What a model takes: tensors, also inside dicts, lists and tuples
-    tensors # An iterator of as many others
+    tensors # An iterator of as many other tensors
 ):
-    "Put `tensors` into the places of those in `o`"
+    "Replace the tensors in `o` by `tensors`"
     if isinstance(o, Tensor): return next(tensors)
     if isinstance(o, dict): return {k:with_tensors(v, tensors) for k,v in o.items()}
     return type(o)([with_tensors(v, tensors) for v in o]) if is_listy(o) else o
@@ -32,10 +32,11 @@ class OneInput(GetAttr):
         input:int=0 # Which of the tensors in `xb` comes first
     ):
         store_attr('model,input')
-        self.xb = with_tensors(xb, (o[:2].clone() if o.ndim else o for o in tensors_in(xb))) # its form, and two items to try
+        two_items = (o[:2].clone() if o.ndim else o for o in tensors_in(xb))
+        self.xb = with_tensors(xb, two_items) # to know its form, and to try
 
     def first(self, xb):
-        "List the tensors in `xb`, what the model takes, with the one that is explained first"
+        "List the tensors in `xb`, a batch for the model, with the one that is explained first"
         x = list(tensors_in(xb))
         return x[self.input],*x[:self.input],*x[self.input+1:]
 
@@ -51,16 +52,18 @@ def of_input(
     xb:tuple, # What it takes
     input:int=0 # Which of the tensors in `xb` is explained
 ) -> tuple: # The model, or a `OneInput`; its inputs, with the one that is explained first
-    "See `model` as a function of one of its inputs; raises ValueError if that is no picture"
+    "View `model` as a function of one of its inputs; raises ValueError if that is no picture"
     xs = tensors_in(xb)
     if input not in range(max(len(xs), 1)):
         several = f'inputs, 0 to {len(xs)-1}' if len(xs)>1 else 'input, 0'
         raise ValueError(f"input is {input!r}, and the model takes {len(xs)} {several}")
     pictures = [i for i,x in enumerate(xs) if x.ndim==4]
     if pictures and input not in pictures:
-        raise ValueError(f"input {input} of the model is {tuple(xs[input].shape)}, {xs[input].dtype}, and no picture (n, C, H, W): "
+        x = xs[input]
+        raise ValueError(f"input {input} of the model is {tuple(x.shape)}, {x.dtype}, and no picture (n, C, H, W): "
                          f"pass input={' or '.join(map(str, pictures))} to explain one")
-    if input==0 and len(xb)==len(xs)<2 or not pictures: return model,xb
+    is_plain = input==0 and len(xb)==len(xs)<2
+    if is_plain or not pictures: return model,xb
     model = OneInput(model, xb, input)
     return model,model.first(xb)
 
@@ -73,13 +76,13 @@ class OneInputHook(InputHook):
         return None if xb is None else self.m.nested(*xb)
 
 # %% ../../nbs/07_core.inputs.ipynb #in000015
-def _other(x): # something else in the place of the pictures `x`
+def _other(x): # other pictures to put in place of `x`
     if not x.is_floating_point(): return x.flip(-1)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     std = x.float().std(correction=0).to(x)
     return x + noise*torch.where(std>0, std, 1)
 
-def _runs(model, *xb): # layer -> for each run that puts out a tensor, its shape and two sums for each row
+def _runs(model, *xb): # layer -> for each run that puts out a tensor, its shape, and two sums over each row, by which rows are compared
     runs = {}
     def record(m, i, o):
         if not isinstance(o, Tensor) or o.ndim<2: return
@@ -88,37 +91,41 @@ def _runs(model, *xb): # layer -> for each run that puts out a tensor, its shape
     with every_output(record): model(*xb)
     return runs
 
-def _changed(a, b): # which rows are others
+def _changed(a, b): # a mask of the rows whose sums differ
     return ((a-b).abs()>1e-4*a.abs()).any(0)
 
 # %% ../../nbs/07_core.inputs.ipynb #in000016
 @patch
 def changes(self:OneInput):
-    "Tell of each run of each layer its shape, which rows depend on the picture explained, and which on other pictures: layer -> runs"
+    "Give for each layer a list of its runs: the shape, which rows depend on the picture explained, and which on other pictures"
     if 'known' in vars(self): return self.known
     x,*rest = self.first(self.xb)
-    self.items,self.known = len(x),{}
+    self.items = len(x)
+    self.known = {}
     if all(o.ndim!=4 for o in rest): return self.known
     with quiet(self.model):
         runs = _runs(self, x, *rest)
         mine = _runs(self, _other(x), *rest)
         others = _runs(self, x, *[_other(o) if o.ndim==4 else o for o in rest])
     for m in runs:
-        if [len(o.get(m, ())) for o in (mine, others)]!=2*[len(runs[m])]: continue # what runs depends on the pictures
+        counts = {len(o.get(m, ())) for o in (runs, mine, others)}
+        if len(counts)>1: continue # how often it runs depends on the pictures
         self.known[m] = [(shape, _changed(a, b), _changed(a, c)) for (shape,a),(_,b),(_,c) in zip(runs[m], mine[m], others[m])]
     return self.known
 
 # %% ../../nbs/07_core.inputs.ipynb #in000017
-def _part(run, rows, items): # the part of the batch that `rows`, a mask, are; None if they are none
-    n,of = len(rows),len(rows)//items
-    parts = [Part(run, i, of, apart) for i in range(of) for apart in (False, True)] if n%items==0 else []
-    return next((p for p in parts if list(range(n))[p.rows(n)]==rows.nonzero().flatten().tolist()), None)
+def _part(run, mask, items): # the `Part` that consists of the rows in `mask`, or None
+    n,of = len(mask),len(mask)//items
+    if n%items: return None
+    rows = mask.nonzero().flatten().tolist()
+    parts = (Part(run, i, of, apart) for i in range(of) for apart in (False, True))
+    return next((p for p in parts if list(range(n))[p.rows(n)]==rows), None)
 
 @patch
 def parts(self:OneInput,
     layer:nn.Module # One of the model's
-) -> tuple: # Two lists
-    "Find the parts of what `layer` puts out that depend on the picture explained and no other, and those that depend on others too"
+) -> tuple: # Two lists of `Part`s
+    "Find the parts of a layer's output that depend on the picture explained alone, and those that depend on others too"
     alone,shared = [],[]
     for run,(_,mine,others) in enumerate(self.changes().get(layer, ())):
         if len(mine)!=self.items: alone.append(_part(run, mine & ~others, self.items))
@@ -130,7 +137,7 @@ def parts_of(
     model, # A model, or a `OneInput`
     layers:list # Some of its modules
 ) -> list: # A `Part` or None for each, or None for all
-    "Find the part of each layer that belongs to the input explained; raises ValueError where there is none, or it cannot be told"
+    "Find the part of each layer that belongs to the input explained; raises ValueError if there is none, or more than one may be it"
     if not isinstance(model, OneInput): return None
     res = []
     for l in layers:
@@ -138,13 +145,22 @@ def parts_of(
         runs = model.changes().get(l, ())
         name = f"layer '{', '.join(layer_names(model, [l]))}'"
         if not alone and len(shared)>1:
-            raise ValueError(f"{name} runs {len(runs)} times, on input {model.input} and others together: choose a layer before it")
+            raise ValueError(f"{name} runs {len(runs)} times, on input {model.input} and others together: "
+                             "choose a layer before it")
         if runs and not alone and not shared and all(len(mine)==model.items for _,mine,_ in runs):
-            raise ValueError(f"{name} does not depend on input {model.input} of the model: choose a layer that does, or another input")
+            raise ValueError(f"{name} does not depend on input {model.input} of the model: "
+                             "choose a layer that does, or another input")
         res.append((alone or shared or [None])[-1])
     return res
 
 # %% ../../nbs/07_core.inputs.ipynb #in000021
+def _only(model, layers): # a view of a `OneInput` in which `named_modules` knows no layers but `layers`
+    view = copy(model)
+    def named_modules(*args, **kwargs):
+        return ((n,m) for n,m in model.model.named_modules(*args, **kwargs) if not n or m in layers)
+    view.named_modules = named_modules
+    return view
+
 def layers_for(
     model, # A model, or a `OneInput`
     layer=None, # As for `find_layers`
@@ -152,9 +168,10 @@ def layers_for(
 ) -> list: # of modules
     "List the layers to look at; by default one that sees only the input explained"
     if layer is not None or not isinstance(model, OneInput): return find_layers(model, layer, *xb)
-    def has_map(m): return any(as_map(torch.empty(o[0], device='meta'), xb[0]) is not None for o in model.changes()[m])
-    own,view = [m for m in model.changes() if m is not model.model and model.parts(m)[0] and has_map(m)],copy(model)
-    if own and len(model.changes()[own[-1]][0][1])!=model.items: return [own[-1]] # it runs on a batch of all pictures
-    def own_modules(*args, **kwargs): return ((n,m) for n,m in model.model.named_modules(*args, **kwargs) if not n or m in own)
-    if own: view.named_modules = own_modules
-    return find_layers(view, None, *xb)
+    runs = model.changes()
+    def has_map(m): return any(as_map(torch.empty(shape, device='meta'), xb[0]) is not None for shape,*_ in runs[m])
+    own = [m for m in runs if m is not model.model and model.parts(m)[0] and has_map(m)]
+    if not own: return find_layers(model, None, *xb)
+    _,rows,_ = runs[own[-1]][0]
+    if len(rows)!=model.items: return [own[-1]] # it runs on a batch of all pictures
+    return find_layers(_only(model, own), None, *xb)

@@ -104,7 +104,7 @@ def is_body_and_head(
     return _has(body, _convs) and not _has(body, nn.Linear) and not _has(head, _convs)
 
 # %% ../../nbs/02_core.layers.ipynb #dda5408a
-class _Products(FunctionMode): # calls `found` for each product of activations
+class _Products(FunctionMode): # calls `found` at each product of activations
     def __init__(self, found):
         super().__init__()
         self.found = found
@@ -119,11 +119,11 @@ class _Products(FunctionMode): # calls `found` for each product of activations
 def recorded_attention(
     model:nn.Module # Any model
 ):
-    "Record the modules that multiply activations with one another, but for the model itself, and of each module those that it ran in"
+    "Record the modules, except the model itself, that multiply activations by one another, and for each module those that it ran in"
     running,callers,attend = [],{},set()
     def begin(m, i): running.append(m)
     def end(m, i, o):
-        while running and running.pop() is not m: pass # of one that failed, there is no end
+        while running and running.pop() is not m: pass # one that failed has no end
         callers[m] = running[:]
     def found():
         if running and running[-1] is not model: attend.add(running[-1])
@@ -134,40 +134,41 @@ def attentions(
     model:nn.Module, # Any model
     *xb:Tensor # Its inputs, of which the first image is used
 ) -> list: # of names
-    "Run `model` on one image, and name its attention layers: those that multiply activations with one another"
+    "Run `model` on one image, and name its attention layers: those that multiply activations by one another"
     with quiet(model), recorded_attention(model) as (attend,_): model(*[x[:1] for x in xb])
     return [n for n,m in model.named_modules() if m in attend]
 
 # %% ../../nbs/02_core.layers.ipynb #ly000013
-_places = (0,1),(1,3),(2,0),(3,2) # rows and columns
-_enough = 3 # of them, in a map that keeps its places
+_places = (0,1),(1,3),(2,0),(3,2) # rows and columns of a 4×4 board
+_enough = 3 # this many must be found in a map that keeps its places
 
 def _noisy(x): # a version of the picture `x` (1, C, H, W) for each of `_places`, with noise there
     h,w = [math.ceil(s/8) for s in x.shape[2:]]
     std,mean = x.float().std(correction=0),x.float().mean()
     noise = torch.randn(*x.shape[:2], h, w, generator=torch.Generator().manual_seed(0)).to(x.device)
-    for r,c in _places:
+    noise = (noise*2*torch.where(std>0, std, 1) + mean).to(x.dtype)
+    for place in _places:
+        top,left = [int((o+.25)*s/4) for o,s in zip(place, x.shape[2:])]
         res = x.clone()
-        t,l = [int((o+.25)*s/4) for o,s in zip((r,c), x.shape[2:])]
-        res[...,t:t+h,l:l+w] = (noise*2*torch.where(std>0, std, 1)+mean).to(x.dtype)
+        res[...,top:top+h,left:left+w] = noise
         yield res
 
 # %% ../../nbs/02_core.layers.ipynb #ly000014
-def _places_hit(maps): # in how many of them does what a layer puts out change most, in maps (4, C, h, w) of the pictures changed there?
+def _places_hit(maps): # for how many of `_places` does the map of the picture changed there differ most there? `maps`: (4, C, h, w)
     side = min(4, *maps.shape[2:]) # of the board
-    boards = F.adaptive_avg_pool2d((maps-maps.mean(0)).abs().sum(1), side).flatten(1)
-    boards = boards/boards.sum(1, keepdim=True)
+    boards = F.adaptive_avg_pool2d((maps-maps.mean(0)).abs().sum(1), side)
+    boards = boards/boards.sum((1,2), keepdim=True)
     if not boards.isfinite().all(): return math.nan
     own = boards-boards.mean(0)
-    at = torch.stack([o[int((r+.5)/4*side)*side+int((c+.5)/4*side)] for o,(r,c) in zip(own, _places)])
-    return int(((at>=own.amax(1)) & (at>1e-4)).sum())
+    at_place = torch.stack([o[(2*r+1)*side//8,(2*c+1)*side//8] for o,(r,c) in zip(own, _places)])
+    return int(((at_place>=own.amax((1,2))) & (at_place>1e-4)).sum())
 
 def places_shown(
     model:nn.Module, # Any model
     layers:list, # Some of its modules
     *xb:Tensor # Its inputs, of which the first image is used
 ) -> list: # A number for each layer, nan where there is no map, or nothing changes
-    "Tell for how many of four places of the picture the map of each of `layers` changes there most when the place is changed"
+    "Count, for each of `layers`, in how many of four places its map changes most where the picture is changed"
     x,*rest = [o[:1] for o in xb]
     def maps(x):
         with copied_outputs(layers) as hooks: model(x, *rest)
@@ -176,7 +177,7 @@ def places_shown(
     with quiet(model): return [hit(*o) for o in zip(*map(maps, _noisy(x)))]
 
 # %% ../../nbs/02_core.layers.ipynb #0ded73b0
-def _with_influence(model, names, dense, *xb): # those of the layers `names` with more than one cell that the answer depends on
+def _with_influence(model, names, dense, *xb): # those of the layers `names` with several cells that the answer depends on; `dense`: it is a map
     xb = [x[:1] for x in xb]
     with quiet(model), leaf_hooks([model.get_submodule(n) for n in names]) as hooks:
         outs = [t for t in tensors_in(model(*xb)) if t.is_floating_point()]
@@ -187,19 +188,25 @@ def _with_influence(model, names, dense, *xb): # those of the layers `names` wit
     return [n for n,g in zip(names, grads) if g is not None and as_map(g, xb[0]).abs().sum(1).count_nonzero()>1]
 
 # %% ../../nbs/02_core.layers.ipynb #ly000005
-def usable_layers(
-    model:nn.Module, # Any model
-    *xb:Tensor # Its inputs, of which the first image is used
-) -> tuple: # name -> shape (n, C, h, w) of the map, in the order in which they finish; are these maps sure?
-    "Find the layers with maps that show what the answer rests on"
-    with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,callers): model(*[x[:1] for x in xb])
+def _candidates(model, *xb): # maps of layers that may do, shapes of all outputs, both by name; is the answer a map too?
+    with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,callers):
+        model(*[x[:1] for x in xb])
     maps = map_shapes(shapes, xb[0])
     dense = '' in maps and maps['']==shapes['']
     def counts(m): return m is not model and not isinstance(m, _pools) and not attend & set(callers.get(m, ()))
     maps = {n:s for n,s in maps.items() if counts(model.get_submodule(n))}
     if dense: maps = {n:s for n,s in maps.items() if s[1]!=shapes[''][1]} or maps # the features, not the classes made of them
-    sizes,turned = [s[2]*s[3] for s in maps.values()],any(s!=shapes[n] for n,s in maps.items())
-    doubtful = turned or bool(sizes) and not dense and sizes[-1]>min(sizes)
+    return maps,shapes,dense
+
+def usable_layers(
+    model:nn.Module, # Any model
+    *xb:Tensor # Its inputs, of which the first image is used
+) -> tuple: # name -> shape (n, C, h, w) of the map, in the order in which they finish; is it sure that they are maps?
+    "Find the layers with maps that show what the answer rests on"
+    maps,shapes,dense = _candidates(model, *xb)
+    are_tokens = any(s!=shapes[n] for n,s in maps.items())
+    sizes = [s[2]*s[3] for s in maps.values()]
+    doubtful = are_tokens or bool(sizes) and not dense and sizes[-1]>min(sizes)
     if not doubtful and not dense: return maps,True
     late = list(maps)[-8 if dense else -64:]
     late = _with_influence(model, late, dense, *xb) or late
@@ -237,8 +244,9 @@ def default_layer(
     maps,sure = usable_layers(model, *xb)
     if not maps: raise no_map('there is no default layer', model, *xb)
     name = last(maps)
-    if not sure: warn(f"it is not sure that a map of this {model._get_name()} shows what is where: a change in one place of the picture "
-                      f"does not show most there. The default is '{name}'; name another layer if it looks wrong, such as {_some(maps)}")
+    if not sure:
+        warn(f"it is not certain that the maps of this {model._get_name()} show what is where: a change in one place of the picture "
+             f"does not show most there. The default is '{name}'; if it looks wrong, name another layer, such as {_some(maps)}")
     return model.get_submodule(name)
 
 # %% ../../nbs/02_core.layers.ipynb #9cf3e184
@@ -257,11 +265,12 @@ def layer_names(
     return [n for n,m in model.named_modules() if any(m is l for l in layers)]
 
 # %% ../../nbs/02_core.layers.ipynb #ly000019
-def _with_maps(names): # of `names`, name -> module, those of layers that are sure to have a map by their kind
-    blocks = [(n.rpartition('.')[0], type(m)) for n,m in names.items() if _has(m, nn.Linear) and _has(m, (nn.LayerNorm, nn.RMSNorm)) and list(m.children())]
+def _with_maps(names): # of `names`, name -> module, those of layers whose kind has a map
+    norms = nn.LayerNorm,nn.RMSNorm
+    def kind(n, m): return n.rpartition('.')[0],type(m) # blocks of a transformer have the same parent and class
+    blocks = [kind(n, m) for n,m in names.items() if _has(m, nn.Linear) and _has(m, norms) and list(m.children())]
     def is_large(m): return any(isinstance(o, _convs) and max(o.kernel_size)>1 for o in m.modules())
-    def is_block(n, m): return blocks.count((n.rpartition('.')[0], type(m)))>1
-    return [n for n,m in names.items() if n and (is_large(m) or is_block(n, m))]
+    return [n for n,m in names.items() if n and (is_large(m) or blocks.count(kind(n, m))>1)]
 
 # %% ../../nbs/02_core.layers.ipynb #73b604c2
 def get_layer(
@@ -282,14 +291,16 @@ def get_layer(
     raise ValueError(f"the model has no layer {layer!r}; the closest names are {', '.join(map(repr, close))}")
 
 # %% ../../nbs/02_core.layers.ipynb #ly000021
-def _check_places(model, layers, *xb): # warns of those of `layers` whose cells are not where they are drawn
+def _check_places(model, layers, *xb): # warn of those of `layers` whose cells are not where they are drawn
     layers = [l for l in layers if not _has(l, _convs)]
     if not xb or not layers or is_body_and_head(model): return
-    with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,_): model(*[x[:1] for x in xb])
+    with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,_):
+        model(*[x[:1] for x in xb])
     if not attend and all(s==shapes[n] for n,s in map_shapes(shapes, xb[0]).items()): return # convolutions only
     for l,k in zip(layers, places_shown(model, layers, *xb)):
-        if k<_enough: warn(f"the map of layer '{layer_names(model, [l])[0]}' is likely to be wrong: a change in one place of the picture does not "
-                           "show most there, as if its cells were in another order; choose another layer, or leave `layer` out")
+        if k<_enough:
+            warn(f"the map of layer '{layer_names(model, [l])[0]}' is likely to be wrong: a change in one place of the picture "
+                 "does not show most there, as if its cells were in another order; choose another layer, or leave `layer` out")
 
 # %% ../../nbs/02_core.layers.ipynb #abada10e
 def find_layers(

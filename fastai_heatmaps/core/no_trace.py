@@ -11,18 +11,18 @@ from fastai.basics import *
 from fastai.callback.hook import Hook
 from functools import wraps
 from torch.overrides import TorchFunctionMode
-import gc,operator,sys,sysconfig,threading,traceback
+import gc,inspect,operator,sys,sysconfig,threading,traceback
 
 # %% ../../nbs/00_core.no_trace.ipynb #b62420ec
-_local = threading.local() # its `undo`: what the call under way on this thread has still to put back
+_local = threading.local() # its `undo` lists what the call in progress on this thread has yet to put back
 
 @contextmanager
 def restoring(
-    restore:callable # Puts things back; called before the context is entered it changes nothing
+    restore:callable # Puts things back; if called before the context is entered, it changes nothing
 ):
     "Call `restore()` at the end of the context, however it ends"
     undo = getattr(_local, 'undo', None)
-    if undo is None: undo = [] # no call of `no_trace` is under way
+    if undo is None: undo = [] # no call of a `no_trace` function is in progress
     undo.append(restore)
     try: yield
     finally:
@@ -34,16 +34,17 @@ def restoring(
 _modes = torch.overrides._get_current_function_mode_stack # of this thread
 
 class FunctionMode(TorchFunctionMode):
-    "A context that torch's functions are called in; at its end it may have been left already"
+    "A `TorchFunctionMode` that does no harm if it has been left before its end"
     def __exit__(self, *exc):
         if self in _modes(): super().__exit__(*exc)
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000012
 def thread_modes():
-    "Note torch's modes on this thread: autograd, autocast, function modes; give a function that puts them back"
-    grad,modes,kinds = torch.is_grad_enabled(),_modes(),('cpu', 'cuda', 'mps')
-    casts = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
-    depth,_ = torch.autocast_increment_nesting()-1,torch.autocast_decrement_nesting() # of autocast contexts
+    "Note torch's modes on this thread: autograd, autocast and function modes; return a function that puts them back"
+    grad,modes = torch.is_grad_enabled(),_modes()
+    casts = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in ('cpu', 'cuda', 'mps')]
+    torch.autocast_increment_nesting()
+    depth = torch.autocast_decrement_nesting() # of autocast contexts
     def restore():
         torch.set_grad_enabled(grad)
         if _modes()!=modes:
@@ -59,24 +60,22 @@ def thread_modes():
     return restore
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000020
-_lock = threading.RLock() # on what threads share
+_lock = threading.RLock() # guards what threads share
 
 def _unlock(): # if an interrupt kept this thread from doing so
     try:
         while True: _lock.release()
-    except RuntimeError: pass # it is not ours, or no more
+    except RuntimeError: pass # this thread does not hold it, or no longer
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000014
 _installed = tuple({os.path.realpath(sysconfig.get_path(o)) for o in ('stdlib', 'purelib', 'platlib')})
 
 def _is_at_work(frame): # may the thread that is there draw random numbers?
-    waits = os.path.realpath(frame.f_code.co_filename).startswith(_installed)
-    while frame is not None:
-        if frame.f_globals.get('__name__', '').partition('.')[0] in ('torch', 'fastai', 'numpy', 'random'): return True
-        frame = frame.f_back
-    return not waits
+    waits = os.path.realpath(frame.f_code.co_filename).startswith(_installed) # otherwise it runs code of the user's own
+    packages = {f.f_globals.get('__name__', '').partition('.')[0] for f,_ in traceback.walk_stack(frame)}
+    return not waits or not packages.isdisjoint(('torch', 'fastai', 'numpy', 'random'))
 
-def _frames(): # thread -> where it is. Python before 3.11.8 and 3.12.2 may wait for ever if it collects garbage meanwhile (gh-106883)
+def _frames(): # thread -> where it is; some Pythons, such as 3.11.7, may stand still if they collect garbage meanwhile (gh-106883)
     calls = (gc.disable, sys._current_frames, gc.enable) if gc.isenabled() else (sys._current_frames,)
     res = list(map(operator.methodcaller('__call__'), calls)) # in C, so that no interrupt and no other thread comes between
     return res[len(calls)//2]
@@ -85,7 +84,7 @@ def _is_alone(): # is no other thread at work in this process?
     return not any(_is_at_work(f) for i,f in _frames().items() if i!=threading.get_ident())
 
 def random_numbers():
-    "Note the state of the random number generators of Python, NumPy and torch; give a function that puts it back"
+    "Note the states of the random number generators of Python, NumPy and torch; return a function that puts them back"
     states = get_random_states() if _is_alone() else None
     def restore():
         if states is not None and _is_alone(): set_random_states(**states)
@@ -103,18 +102,18 @@ def _figures(): # a function that closes the figures that are opened from now on
 def no_trace(
     f:callable # Any function
 ) -> callable:
-    "Decorate `f` so that all it changes is put back, and its figures are closed if it fails, whenever an interrupt strikes"
+    "Decorate `f` so that everything is put back, whenever an interrupt strikes, and its figures are closed if it fails"
     @wraps(f)
     def _inner(*args, **kwargs):
-        if getattr(_local, 'undo', None) is not None: return f(*args, **kwargs) # the call around this one sees to it
+        if getattr(_local, 'undo', None) is not None: return f(*args, **kwargs) # the outer call sees to it
         undo,restore,close = [],[thread_modes(), random_numbers()],_figures()
         def put_back():
+            _local.undo = None
             while undo:
                 undo[-1]()
                 undo.pop()
             for o in restore: o()
             _unlock()
-            _local.undo = None
         try:
             try:
                 _local.undo = undo
@@ -126,10 +125,11 @@ def no_trace(
                 put_back()
                 close()
                 raise
-        except BaseException: # also one that struck while things were put back
+        except BaseException: # perhaps one that struck while things were put back
             put_back()
             close()
             raise
+    _inner.__signature__ = inspect.signature(f) # or docs would take `f` for it, which does not know what it was patched to
     return _inner
 
 # %% ../../nbs/00_core.no_trace.ipynb #0cecd4b5
@@ -195,34 +195,38 @@ def as_written():
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000008
 _plain = {bool, int, float, str, type(None)}
-_no_outputs = vars(nn.Module()).keys() - {'_buffers'} # of a module
+_no_outputs = vars(nn.Module()).keys() - {'_buffers'} # attributes of each module, in which it keeps no outputs
 
-def _map_graphs(f, o, seen): # `o`, in which each tensor with a graph, also in lists, dicts and tuples, is replaced by what `f` makes of it
-    if isinstance(o, Tensor): return o if o.grad_fn is None else f(o)
-    if not isinstance(o, (tuple, list, dict, L, Hook)) or not o or id(o) in seen: return o
-    if isinstance(o, tuple):
-        if _plain.issuperset(map(type, o)): return o
-        new = [_map_graphs(f, v, seen) for v in o]
-        if all(map(operator.is_, o, new)): return o
-        return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
-    seen.add(id(o))
-    held = vars(o) if isinstance(o, (L, Hook)) else o
-    for k,v in list(held.items() if isinstance(held, dict) else enumerate(held)):
+def _map_held(f, held, pairs, seen): # the same in a dict or a list, for some of its keys and values
+    for k,v in list(pairs):
         if type(v) in _plain: continue
         new = _map_graphs(f, v, seen)
         if new is not v: held[k] = new
+
+def _map_tuple(f, o, seen):
+    if _plain.issuperset(map(type, o)): return o
+    new = [_map_graphs(f, v, seen) for v in o]
+    if all(map(operator.is_, o, new)): return o
+    return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
+
+def _map_graphs(f, o, seen): # `o`, in which each tensor with a graph is replaced by what `f` makes of it
+    if isinstance(o, Tensor): return o if o.grad_fn is None else f(o)
+    if not isinstance(o, (tuple, list, dict, L, Hook)) or not o or id(o) in seen: return o
+    if isinstance(o, tuple): return _map_tuple(f, o, seen)
+    seen.add(id(o))
+    held = vars(o) if isinstance(o, (L, Hook)) else o
+    _map_held(f, held, held.items() if isinstance(held, dict) else enumerate(held), seen)
     return o
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000009
-def _map_hook(f, hook, seen): # the same for what the function `hook` belongs to, and what it knows
+def _map_hook(f, hook, seen): # the same for the object that `hook` is a method of, and the globals and closure that it uses
     o = getattr(hook, '__self__', None)
     if o is not None and not isinstance(o, (type, nn.Module)): _map_graphs(f, getattr(o, '__dict__', None), seen)
     hook = getattr(hook, '__func__', hook)
-    names,cells = getattr(getattr(hook, '__code__', None), 'co_names', ()),getattr(hook, '__closure__', None) or ()
+    names = getattr(getattr(hook, '__code__', None), 'co_names', ())
     known = getattr(hook, '__globals__', {})
-    for k in names:
-        if k in known and known[k] is not (new := _map_graphs(f, known[k], seen)): known[k] = new
-    for c in cells:
+    _map_held(f, known, [(k, known[k]) for k in names if k in known], seen)
+    for c in getattr(hook, '__closure__', None) or ():
         try: old = c.cell_contents
         except ValueError: continue # nothing yet
         new = _map_graphs(f, old, seen)
@@ -233,13 +237,10 @@ def map_graphs(
     f:callable, # Takes a tensor and gives one
     model:nn.Module # Any model
 ):
-    "Replace each tensor that `model` or one of its hooks keeps together with a graph by what `f` makes of it"
+    "Replace each tensor with a graph that `model` or one of its hooks keeps by what `f` makes of it"
     seen = set()
     for m in model.modules():
-        for k,v in list(vars(m).items()):
-            if k in _no_outputs or type(v) in _plain: continue
-            new = _map_graphs(f, v, seen)
-            if new is not v: vars(m)[k] = new
+        _map_held(f, vars(m), [(k, v) for k,v in list(vars(m).items()) if k not in _no_outputs], seen)
         for hooks in (m._forward_hooks, m._forward_pre_hooks):
             for h in list(hooks.values()): _map_hook(f, h, seen)
 
@@ -248,8 +249,9 @@ def map_graphs(
 def drop_graphs(
     model:nn.Module # Any model
 ):
-    "Let `model` keep what it puts out in this context without graphs"
-    known,new = {},{} # by id: tensors with a graph that it kept before; what becomes of the others
+    "Let `model` keep its outputs of this context without graphs"
+    known = {} # id -> a tensor with a graph that the model kept before
+    new = {} # id -> one that it has kept since, and the same without a graph
     def note(t): return known.setdefault(id(t), t)
     def drop(t): return t if id(t) in known else new.setdefault(id(t), (t, t.detach()))[1]
     map_graphs(note, model)

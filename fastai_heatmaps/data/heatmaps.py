@@ -12,6 +12,7 @@ from fastai.basics import *
 from ..core.no_trace import no_trace
 from ..core.layers import layer_names
 from ..core.tasks import tasks
+from ..core.passes import all_was_against
 from .images import Images
 from .photo import on_photo
 from .draw import color_scale, show_overlay, wrap_title, new_panels
@@ -130,7 +131,7 @@ def notes(self:Heatmaps, i, j=0):
     "List what has to be said of a map besides its class: that it is empty, and what the method reports"
     m,notes = self.maps[i][j],[]
     if not m.isfinite().all(): notes.append('(no map: its values are not finite)')
-    elif m.signbit().any() and not m.any(): notes.append('(no evidence for it: relu=False shows that against it)')
+    elif all_was_against(m): notes.append('(no evidence for it: relu=False shows that against it)')
     elif not m.any(): notes.append('(no evidence: the map is flat)')
     return notes + [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()]
 

@@ -60,7 +60,7 @@ def write_part(
         os.fsync(f.fileno())
 
 # %% ../../nbs/25_data.store.ipynb #0785092e
-def _as_heatmaps(d, n, run): # the arrays of a part; an exception of any kind if they are not those of the heatmaps of `n` images
+def _as_heatmaps(d, n, run): # made of the arrays of a part; raises an error of some kind unless they are the heatmaps of `n` images
     d = {k:str(v) if k in ('task', 'method', 'layer') else torch.from_numpy(v) for k,v in d.items()}
     info = {k.removeprefix('info_'):d.pop(k) for k in [*d] if k.startswith('info_')}
     (_,k),(_,c) = d['cls'].shape,d['preds'].shape
@@ -73,7 +73,7 @@ def _as_heatmaps(d, n, run): # the arrays of a part; an exception of any kind if
     maps_ok = all(m.ndim==3 and len(m)==k and m.is_floating_point() for m in hm.maps)
     cls_ok = hm.cls.dtype==torch.long and hm.cls.min()>=0 and hm.cls.max()<c
     others_ok = all(o.shape==(n,k) for o in info.values()) and (hm.targs is None or len(hm.targs)==n)
-    if not (maps_ok and cls_ok and others_ok): raise ValueError('its arrays are of other kinds')
+    if not (maps_ok and cls_ok and others_ok): raise ValueError('its arrays are not those of heatmaps')
     return hm
 
 def read_part(
@@ -86,7 +86,7 @@ def read_part(
     file = _file(folder, start)
     try:
         with np.load(file, allow_pickle=False) as z: return _as_heatmaps(dict(z.items()), n, run)
-    except Exception as e: # whatever is in the file
+    except Exception as e: # anything may be in the file
         reason = ' '.join(str(e).split()) or type(e).__name__
         raise ValueError(f"{file} is damaged ({reason}): run get_heatmaps with the same arguments again, which makes it anew") from None
 
@@ -145,7 +145,7 @@ def run_info(
     return json.loads(json.dumps(plain(res)))
 
 # %% ../../nbs/25_data.store.ipynb #st000009
-def _held_run(folder): # whose heatmaps are in `folder`; None if there is nothing
+def _held_run(folder): # the run whose heatmaps are in `folder`; None if it is empty
     holds = folder.is_dir() and any(not o.name.startswith('.fastai_heatmaps') for o in folder.iterdir())
     if (folder/'manifest.json').exists(): return read_run(folder) # asked last: another run may begin meanwhile
     if holds:
@@ -169,18 +169,20 @@ def _is_whole(folder, start, stop, run):
 # %% ../../nbs/25_data.store.ipynb #st000017
 def _agree(a, b): # are two arrays the same, or numbers up to a thousandth of the largest?
     if a.shape!=b.shape or b.dtype.kind!='f': return np.array_equal(a, b)
-    top,step = np.abs(b[np.isfinite(b)]).max(initial=0),np.finfo(b.dtype).smallest_subnormal
-    return np.allclose(a.astype(float), b.astype(float), rtol=0, atol=.001*float(top)+float(step), equal_nan=True)
+    least = float(np.finfo(b.dtype).smallest_subnormal) # numbers of this size are rounded to nothing
+    a,b = a.astype(float),b.astype(float)
+    return np.allclose(a, b, rtol=0, atol=least + .001*np.abs(b[np.isfinite(b)]).max(initial=0), equal_nan=True)
 
 def _same_answers(a, b): # do two `Heatmaps` of the same images say the same?
     a,b = [_arrays(Heatmaps.join([o])) for o in (a,b)] # maps of one size as one array
     return a.keys()==b.keys() and all(_agree(a[k], b[k]) for k in b)
 
-def _check_answers(folder, run, there, again):
+def _check_answers(folder, run, there, again): # of up to four images in the parts `there`, spread over them
     rows = [(i, a, b) for a,b in there for i in range(a, b)]
     for j in sorted({round(o*(len(rows)-1)/3) for o in range(4)}):
         i,start,stop = rows[j]
-        first,old = i-i%run['batch'],read_part(folder, start, stop-start, run)
+        old = read_part(folder, start, stop-start, run)
+        first = i - i%run['batch']
         batch = range(first, min(first+run['batch'], stop))
         if not any(_same_answers(again([*o]), old[[k-start for k in o]]) for o in ([i], batch)):
             raise _other_run(folder, f"{run['names'][i]} got another answer, so the model, a function or the image has changed")
@@ -196,14 +198,13 @@ def open_store(
     "Open a folder for a run, or go on with it; in this context no other run writes there"
     _held_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    writable = os.access(folder, os.W_OK) # if not, what is complete can be read all the same
-    with locked(folder, wait=8) if writable else nullcontext(): # workers of a run that was killed may hold it for 5 seconds more
+    writable = os.access(folder, os.W_OK) # if not, what is complete can still be read
+    with locked(folder, wait=8) if writable else nullcontext(): # workers of a killed run may hold the lock for 5 seconds more
         old = _held_run(folder)
         for o in [*temp_files(folder, '.npz'), *temp_files(folder, '.json')]: o.unlink() # of a run that was killed
-        if old and overwrite:
-            for a,_ in _parts(old): _file(folder, a).unlink(missing_ok=True)
-        elif old: _check_same(folder, old, run)
-        if not old or overwrite:
+        if old and not overwrite: _check_same(folder, old, run)
+        else:
+            for a,_ in _parts(old) if old else (): _file(folder, a).unlink(missing_ok=True)
             with whole_file(folder/'manifest.json') as tmp: tmp.write_text(json.dumps(dict(run=run), indent=1), encoding='utf-8')
         there = [(a, b) for a,b in _parts(run) if _is_whole(folder, a, b, run)]
         if there: _check_answers(folder, run, there, again)
