@@ -20,6 +20,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'fastai_heatmaps.cli.files.find_images': ( 'cli.files.html#find_images',
                                                                                       'fastai_heatmaps/cli/files.py'),
                                            'fastai_heatmaps.cli.files.hush': ('cli.files.html#hush', 'fastai_heatmaps/cli/files.py'),
+                                           'fastai_heatmaps.cli.files.is_drawn': ( 'cli.files.html#is_drawn',
+                                                                                   'fastai_heatmaps/cli/files.py'),
                                            'fastai_heatmaps.cli.files.one_line': ( 'cli.files.html#one_line',
                                                                                    'fastai_heatmaps/cli/files.py'),
                                            'fastai_heatmaps.cli.files.readable': ( 'cli.files.html#readable',
