@@ -139,11 +139,11 @@ def test_photos_that_lie_on_their_side(tmp_path):
 
 
 def test_transforms_of_a_training():
-    "Where they move photos by chance, nobody knows any more where they took one; where they do not, they are accepted"
+    "If they move photos at random, nobody knows any longer where they took one; otherwise they are accepted"
     ims = some_photos()[:2]
     for tfms in [(RandomResizedCrop(64, min_scale=.5),()), (Resize(64, 'squish'),Flip(p=.5)), (Resize(64, 'squish'),Rotate(10, p=.5))]:
         for i in range(2):
-            with pytest.raises(ValueError, match='alike each time'): heatmaps(photo_dl(ims, *tfms, train=True), 2).view(i, 'original')
+            with pytest.raises(ValueError, match='in the same way each time'): heatmaps(photo_dl(ims, *tfms, train=True), 2).view(i, 'original')
     for tfms in [(Resize(64, 'squish'),()), (Resize(64, 'squish'),[Brightness(p=.5), Flip(p=1.)])]:
         assert heatmaps(photo_dl(ims, *tfms, train=True)).view(0, 'original')
 
