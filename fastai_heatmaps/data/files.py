@@ -167,7 +167,7 @@ def _is_drawn(file): # did `save` draw this picture?
         with Image.open(file) as im: return str(im.getexif().get(0x0131)).startswith('fastai_heatmaps')
     except Exception: return False # it is none
 
-def _check_folder(folder, rows, fresh): # may the pictures of `rows` be written there? `fresh`: only if there are none
+def _check_folder(folder, rows, fresh): # may the pictures of `rows` be written there? `fresh`: not over others
     table = folder/'manifest.csv'
     if table.exists() and 'overlay' not in table.read_text('utf-8', errors='replace').split('\n')[0].split(','):
         raise FileExistsError(f"{table} is a table of other things: choose another folder")
