@@ -145,7 +145,7 @@ def test_photos_of_all_kinds(run, pets, pics, tmp_path):
     with learn.no_bar(): want = learn.get_preds(dl=learn.dls.test_dl([tmp_path/o['item'] for o in got[::2]], num_workers=0))[0]
     assert [float(o['probability']) for o in got]==pytest.approx(want.sort(1, descending=True).values.flatten().tolist(), rel=1e-4)
     assert [o['cls'] for o in got]==[learn.dls.vocab[i] for i in want.sort(1, descending=True).indices.flatten()]
-    files = {f.name for f in (tmp_path/'heatmaps').iterdir()}
+    files = {f.name for f in (tmp_path/'heatmaps').iterdir()}-{'.fastai_heatmaps.lock'}
     assert files=={'manifest.csv', *[o[k] for o in got for k in ('map', 'heatmap', 'overlay')]} and len(files)==1+2*n*3
     assert all(re.fullmatch(r'[\w-]{1,150}\.png', f) for f in files-{'manifest.csv'})
     assert {f.name for f in tmp_path.iterdir()}=={'photos', 'heatmaps'}
@@ -449,7 +449,7 @@ def test_closed(site, pets, pics, tmp_path):
     line = f"'{sys.executable}' -m fastai_heatmaps.cli gradcam '{pets[1]}/export.pkl' '{next(iter(get_image_files(pics)))}' gone.jpg --trust --out out"
     res = subprocess.run(f'{line} >&- 2>&- <&-', shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert res.returncode==1 and res.stdout==res.stderr==''
-    assert len(rows(tmp_path/'out'))==1 and len(list((tmp_path/'out').iterdir()))==4
+    assert len(rows(tmp_path/'out'))==1 and len(list((tmp_path/'out').glob('[!.]*')))==4
     for f in (tmp_path/'out').glob('*.png'): Image.open(f).load()
 
 

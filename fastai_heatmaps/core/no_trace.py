@@ -11,7 +11,7 @@ from fastai.basics import *
 from fastai.callback.hook import Hook
 from functools import wraps
 from torch.overrides import TorchFunctionMode
-import operator,sys,sysconfig,threading,traceback
+import inspect,operator,sys,sysconfig,threading,traceback
 
 # %% ../../nbs/00_core.no_trace.ipynb #b62420ec
 _local = threading.local() # its `undo` lists what the call in progress on this thread has yet to put back
@@ -103,12 +103,12 @@ def no_trace(
         if getattr(_local, 'undo', None) is not None: return f(*args, **kwargs) # the outer call sees to it
         undo,restore,close = [],[thread_modes(), random_numbers()],_figures()
         def put_back():
+            _local.undo = None
             while undo:
                 undo[-1]()
                 undo.pop()
             for o in restore: o()
             _unlock()
-            _local.undo = None
         try:
             try:
                 _local.undo = undo
@@ -124,6 +124,7 @@ def no_trace(
             put_back()
             close()
             raise
+    _inner.__signature__ = inspect.signature(f) # or docs would take `f` for it, which does not know what it was patched to
     return _inner
 
 # %% ../../nbs/00_core.no_trace.ipynb #0cecd4b5

@@ -10,7 +10,7 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace
 from ..core.targets import class_index
 from ..core.tasks import tasks, own_loss, activation
-from ..data.images import to_images
+from ..data.images import to_images, own_test_dl
 from ..data.draw import lay_map, wrap_title
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, run_passes
@@ -23,7 +23,7 @@ def _item_dl(interp, idxs): # the images at these places of the losses, made as 
     if items is None or len(items)!=len(interp.losses):
         raise ValueError("the images of these losses are not known: make the interpretation of a whole set, with from_learner(learn), "
                          "or of learn.dls.test_dl(items, with_labels=True)")
-    return interp.learn.dls.test_dl(getattr(items, 'iloc', L(items))[idxs], with_labels=True)
+    return own_test_dl(interp.learn.dls, getattr(items, 'iloc', L(items))[idxs], with_labels=True)
 
 # %% ../../nbs/40_views.interpret.ipynb #2fbaf27c
 def _top(interp, k, largest): # the places of the top losses, picked as fastai's plot_top_losses does
