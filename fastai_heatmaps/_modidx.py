@@ -588,6 +588,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'fastai_heatmaps/data/images.py'),
                                              'fastai_heatmaps.data.images._set_dl': ( 'data.images.html#_set_dl',
                                                                                       'fastai_heatmaps/data/images.py'),
+                                             'fastai_heatmaps.data.images._test_dl': ( 'data.images.html#_test_dl',
+                                                                                       'fastai_heatmaps/data/images.py'),
                                              'fastai_heatmaps.data.images._types': ( 'data.images.html#_types',
                                                                                      'fastai_heatmaps/data/images.py'),
                                              'fastai_heatmaps.data.images.as_items': ( 'data.images.html#as_items',

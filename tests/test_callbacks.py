@@ -1,4 +1,4 @@
-"Callbacks, and what the model keeps: a heatmap changes nothing of them, whatever they do and wherever it is asked for."
+"Callbacks, and what the model keeps: a heatmap changes none of it, whatever they do and wherever it is asked for."
 import pickle, threading
 from collections import deque, defaultdict
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ from conftest import *
 
 
 class Box:
-    "An object of one's own, with what one may think of in it"
+    "An object of the user's own, with all that it may hold"
     def __init__(self):
         self.t,self.nested,self.queue = torch.zeros(3),{'a': [[1], {'b': np.zeros(2)}], 't': (torch.ones(2),)},deque([[0]])
         self.counts,self.rng,self.me = defaultdict(list),np.random.default_rng(0),self
@@ -27,12 +27,12 @@ class Slots:
     def __init__(self): self.n = [0]
 
 class Wrap:
-    "Passes on what it is asked for: without end if it is asked too early"
+    "Passes on what it is asked for: endlessly, if it is asked before it is ready"
     def __init__(self, inner): self.inner = inner
     def __getattr__(self, k): return getattr(self.inner, k)
 
 class Nasty(Callback):
-    "Changes all that it has, at depth"
+    "Changes everything that it holds, at any depth"
     of_class = [[0]]
     def __init__(self, path):
         self.box,self.slots,self.wrap,self.tensor,self.array = Box(),Slots(),Wrap(Box()),torch.zeros(4),np.zeros(3)
@@ -60,7 +60,7 @@ class Other(Callback):
     def __init__(self): self.feats = {'a': []}
 
 def deep(o, seen=None):
-    "What `o` holds, at depth, in a form that can be compared"
+    "Give what `o` holds, at any depth, in a form that can be compared"
     seen = {} if seen is None else seen
     if isinstance(o, Tensor): return ('tensor', o.detach().clone().tolist(), o.stride(), o.data_ptr(), o.requires_grad, type(o).__name__)
     if isinstance(o, np.ndarray): return ('array', o.tolist(), id(o))
@@ -96,7 +96,7 @@ def test_callbacks_keep_their_state(learn, tmp_path, what, mode):
     learn.nasty.file.close()
 
 def test_callbacks_share_what_they_share(learn):
-    "Two that know one another, or one store, know each other's copies"
+    "Two that know one another, or share a store, do so as copies too"
     store,seen = {'n': [0]},[]
     class Writes(Callback):
         def before_batch(self): store_of(self)['n'].append(1)
@@ -138,7 +138,7 @@ def layout(model): return [(t.stride(), t.data_ptr(), t.device) for t in (*model
 
 @pytest.mark.parametrize('fitted', [False, True])
 def test_channels_last(learn, fitted):
-    "Weights are laid out by a fit, not by a heatmap; preds are those of get_preds"
+    "A fit changes the layout of weights, a heatmap does not; preds are those of get_preds"
     learn.add_cb(ChannelsLast())
     if fitted:
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
@@ -154,7 +154,7 @@ def test_channels_last(learn, fitted):
 events = [e for e in vars(event) if e.startswith(('before_', 'after_')) and e!='after_create']
 
 class ShowsAlways(Callback):
-    "Asks for heatmaps in each event of which it hears"
+    "Asks for heatmaps in each event that it hears of"
     def __init__(self, img, only=None): self.img,self.only,self.seen = img,only,defaultdict(list)
 for e in events:
     def act(self, e=e):
@@ -196,7 +196,7 @@ def test_heatmaps_from_every_event_without_training(learn, pics, act):
         for maps in sum(o.seen.values(), []): assert torch.equal(maps, want)
 
 def test_two_callbacks_that_show_heatmaps(learn, pics):
-    "Also where they know the Learner from elsewhere, and the heatmap is asked for from outside"
+    "Even if they know the Learner from elsewhere, and the heatmap is asked for from outside"
     img,calls = get_image_files(pics)[0],[]
     want = learn.get_heatmaps(img).maps
     class A(Callback):
@@ -229,7 +229,7 @@ def test_callbacks_of_other_threads_are_not_left_out(pics):
 
 
 def test_terminate_on_nan(learn):
-    "It ends trainings; here is none. The loss may well be NaN"
+    "It ends trainings, and there is none here; the loss may well be NaN"
     want = learn.get_heatmaps(relu=False)
     learn.add_cb(TerminateOnNaNCallback())
     learn.loss_func = lambda pred, *y: pred.sum()*float('nan')
@@ -252,7 +252,7 @@ def test_callbacks_that_cancel(learn, event_name, ex):
 
 
 class Keeps(nn.Module):
-    "Keeps what goes through it, in all ways"
+    "Keeps what goes through it, in every way"
     def __init__(self):
         super().__init__()
         self.lin,self.register = nn.Linear(512, 512),noop
@@ -304,7 +304,7 @@ def test_what_the_model_keeps_has_no_graph(learn, method, tmp_path):
     assert len(load_learner(tmp_path/'export.pkl').model[1][3].last)==len(b[0])
 
 def test_a_training_keeps_its_graph():
-    "What the model kept in a training step, and our run does not compute anew, is still good for `backward`"
+    "What the model kept in a training step, and our run does not compute anew, can still be used for `backward`"
     class Aux(nn.Linear):
         def forward(self, x):
             x = super().forward(x)

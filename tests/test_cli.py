@@ -378,7 +378,7 @@ def photos_below(*folders): return sorted(f for d in folders for f in get_image_
 
 @pytest.fixture
 def mixed(pics, tmp_path):
-    "A folder of photos, one of them named as our pictures are, in a folder of its own"
+    "A folder of photos, one of which is named like our pictures, in a folder of its own"
     d = tmp_path/'photos'
     (d/'sub').mkdir(parents=True)
     names = 'a.png', 'b-Red-overlay.png', 'sub/c.png', 'sub/z-Red-map.png'
@@ -388,7 +388,7 @@ def mixed(pics, tmp_path):
 
 @pytest.mark.parametrize('where,fmt', [('photos', 'png'), ('photos', 'jpg'), ('photos', 'webp'), ('photos/sub', 'png'), ('.', 'png'), ('link', 'png'), ('photos/new', 'png')])
 def test_own_pictures_are_no_photos(call, pets, mixed, tmp_path, where, fmt):
-    "In the photos' own folder, one in it, one around it or a link to it; the folder searched or its files named, by a pattern or a CSV: each photo once, whatever it is called, and no picture of ours"
+    "Into the photos' own folder, one in it, one around it or a link to it; by folder, pattern or CSV: each photo once, whatever its name, and no picture of ours"
     photos,mine = mixed
     (tmp_path/'link').symlink_to(photos)
     kept = [f.read_bytes() for f in mine]
@@ -414,7 +414,7 @@ def test_no_photos_but_our_own(call, pets, mixed):
 
 
 def test_a_photo_that_may_not_be_opened(call, pets, mixed, monkeypatch):
-    "It is skipped, as any that cannot be read"
+    "It is skipped, like any that cannot be read"
     from fastai_heatmaps.cli import files
     def denied(f, *args): raise PermissionError(13, 'Permission denied', f)
     with monkeypatch.context() as m:
@@ -430,7 +430,7 @@ def test_an_own_grid_is_no_photo(call, pets, mixed, kind):
 
 
 def test_pictures_of_a_run_that_was_killed(call, pets, mixed, tmp_path, monkeypatch):
-    "They are known without a table of them"
+    "They are recognised without a table of them"
     from fastai_heatmaps.data import files
     monkeypatch.setattr(files, 'add_rows', lambda *args: 1/0)
     with pytest.raises(ZeroDivisionError): call('gradcam', pets[1]/'export.pkl', '--trust', 'photos', '--out', 'photos')
@@ -444,7 +444,7 @@ def test_pictures_of_a_run_that_was_killed(call, pets, mixed, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_closed(site, pets, pics, tmp_path):
-    "With stdin, stdout and stderr closed the work is done all the same, and no file takes its place"
+    "With stdin, stdout and stderr closed the work is done all the same, and no other file takes their place"
     env = {**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'}
     line = f"'{sys.executable}' -m fastai_heatmaps.cli gradcam '{pets[1]}/export.pkl' '{next(iter(get_image_files(pics)))}' gone.jpg --trust --out out"
     res = subprocess.run(f'{line} >&- 2>&- <&-', shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -454,7 +454,7 @@ def test_closed(site, pets, pics, tmp_path):
 
 
 def test_stderr_that_takes_nothing(monkeypatch):
-    "A line that cannot be told does not stop the work"
+    "A line that cannot be printed does not stop the work"
     with open('/dev/full', 'w', buffering=1) as full:
         monkeypatch.setattr(sys, 'stderr', full)
         for o in range(2): cli.tell('a line')
@@ -475,7 +475,7 @@ def test_python_m(site, tmp_path, module):
 
 
 def test_options_that_would_do_nothing(call, pets, pics, tmp_path):
-    "They are told, with exit code 2, before anything is done"
+    "They are reported, with exit code 2, before anything is done"
     args = pets[1]/'export.pkl', '--trust', pics
     for command in ('gradcam', 'grid'):
         one(call(command, *args, '--size', 64), 2, '--size goes with --arch')
@@ -496,7 +496,7 @@ def test_a_vocab_that_is_no_text(call, pics, tmp_path, data):
 
 @pytest.fixture(scope='module')
 def no_weights(tmp_path_factory):
-    "Files that torch.load knows and that are no weights"
+    "Files that torch.load can read and that hold no weights"
     import tarfile, warnings
     d = tmp_path_factory.mktemp('other')
     torch.save({'a': torch.zeros(1)}, d/'w')
@@ -509,7 +509,7 @@ def no_weights(tmp_path_factory):
 
 @pytest.mark.parametrize('name,words', [('a.tar', ('a tar archive', 'unpack it')), ('a.tgz', ('a tar archive', 'unpack it')), ('a.pt', ('a TorchScript model', 'none of its code was run'))])
 def test_archives(no_weights, name, words):
-    "What the file is, and what to do: not PyTorch's advice to run the code in it"
+    "The error says what the file is and what to do, without PyTorch's advice to run the code in it"
     for kwargs,do in ((dict(arch='resnet18', vocab='a,b'), 'torch.jit.load(file).state_dict()'), (dict(trust=True), 'learn.export()')):
         with pytest.raises(RuntimeError) as e: open_learner(no_weights/name, **kwargs)
         assert '\n' not in str(e.value) and 'weights_only' not in str(e.value) and all(w in str(e.value) for w in words), e.value

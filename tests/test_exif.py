@@ -1,4 +1,4 @@
-"Photos that were stored turned: told once, and turned where that is asked for."
+"Photos that were stored turned: one warning says so, and they are turned on request."
 import warnings
 from conftest import *
 import fastai_heatmaps.cli.main as cli
@@ -7,14 +7,14 @@ from fastai_heatmaps.data.images import image_dl, is_turned, OpenImage
 
 @pytest.fixture(scope='module')
 def scene():
-    "(48, 80, 3): four quarters of different greys, on which every turn and mirroring shows"
+    "(48, 80, 3): four quarters in different greys, so that every turn and mirroring shows"
     a = np.zeros((48,80,3), dtype=np.uint8)
     for i,(y,x) in enumerate([(0,0), (0,40), (24,0), (24,40)]): a[y:y+24,x:x+40] = 60*i+20
     return a
 
 
 def stored(scene, o):
-    "What a camera stores that was held as orientation `o` says: the definition of the tag, by where row 0 and column 0 are"
+    "What a camera held as in orientation `o` stores: the definition of the tag, by where row 0 and column 0 are"
     row,col = {1: 'tl', 2: 'tr', 3: 'br', 4: 'bl', 5: 'lt', 6: 'rt', 7: 'rb', 8: 'lb'}[o]
     a = scene
     if row in 'lr': a = a.swapaxes(0, 1) # the 0th row is a side of the scene
@@ -56,7 +56,7 @@ def told(f, n=1):
 
 @pytest.mark.parametrize('o', range(1, 9))
 def test_open_image(photos, scene, o):
-    "As it was stored, which is what fastai gives; or upright, as bytes and as an image too, in any class; and turned once, not twice"
+    "As it was stored, as fastai does; or upright, from bytes or an image too, in any class; and turned once, not twice"
     f = photos[o]
     im = open_image(f)
     assert near(np.array(im), stored(scene, o)) and is_turned(im)==(o!=1)
@@ -70,7 +70,7 @@ def test_open_image(photos, scene, o):
 
 
 def test_other_files(scene, tmp_path):
-    "PNG and WebP keep the orientation in the same way; Pillow turns a TIFF itself; damaged EXIF data, or values that mean nothing, do no harm"
+    "PNG and WebP keep the orientation likewise; Pillow turns a TIFF itself; damaged EXIF data and meaningless values do no harm"
     exif = Image.Exif()
     exif[0x0112] = 6
     im = Image.fromarray(stored(scene, 6))
@@ -87,7 +87,7 @@ def test_other_files(scene, tmp_path):
 
 
 def test_told_once(photos, small):
-    "One warning a run, whether many or few of the photos were stored turned; and none of photos that were not, or that the user opened"
+    "One warning a run, however many photos were stored turned; and none if none were, or if the user opened them"
     files = list(photos.values())
     hm = told(lambda: small.get_heatmaps(files))
     told(lambda: [hm.images.image(i) for i in range(8)], 0) # seen again
@@ -105,7 +105,7 @@ def opener(dl):
 
 @pytest.mark.slow
 def test_told_by_workers(photos, pics):
-    "One photo of 40, which a worker opens: told in this process, once; and the file that they share is closed again"
+    "One photo of 40, opened by a worker: this process warns once, and the file that they share is closed again"
     learn = pic_learner(pics, squeezenet1_1)
     dl = image_dl(learn.dls, [photos[1]]*37 + [photos[6]] + [photos[1]]*2).new(num_workers=2)
     opens = opener(dl)
@@ -122,7 +122,7 @@ def test_shared_where_there_are_workers(photos, small):
 
 @pytest.fixture
 def call(photos, small, tmp_path, monkeypatch, capsys):
-    "Calls the command on the eight photos with `small`, and gives its exit code and what it prints on stderr"
+    "Call the command on the eight photos with `small`; return its exit code and what it prints on stderr"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, '_open_learner', lambda a: small)
     def _call(command, *args):
@@ -132,7 +132,7 @@ def call(photos, small, tmp_path, monkeypatch, capsys):
 
 
 def test_command_line(call, photos, small, scene, tmp_path):
-    "Told in one line with what to do; with --upright all eight are the same photo, in pictures of what the model saw, on the originals, as numbers and in a grid"
+    "One line says so and what to do; with --upright all eight are the same photo: as input, as original, as numbers and in a grid"
     def overlays(out): return [np.array(Image.open(o)) for o in sorted(Path(out).glob('*-overlay.png'))]
     rc,err = call('gradcam', '--cls', 'Red', '--out', 'a')
     assert rc==0 and err.count('\n')==1 and 'warning: ' in err and 'lie on their side' in err and 'add --upright' in err, err
@@ -154,7 +154,7 @@ def test_command_line(call, photos, small, scene, tmp_path):
 
 
 def test_a_learner_that_opens_images_itself(photos, small):
-    "Its own function would have to turn them, and that is said"
+    "Its own function would have to turn them, and the error says so"
     class Mine(TensorImage): pass
     dls = DataBlock((TransformBlock(type_tfms=lambda o: Mine(image2tensor(PILImage.create(o)))), CategoryBlock), get_items=lambda _: list(photos.values()), get_y=lambda o: 'ab'[int(o.stem)%2],
                     splitter=IndexSplitter([0,1])).dataloaders('', bs=2, num_workers=0)

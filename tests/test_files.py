@@ -209,7 +209,7 @@ def test_another_run(many, pics, tmp_path):
 
 
 class Invert(ItemTransform):
-    "A transform whose text does not tell its parameter"
+    "A transform whose text does not show its parameter"
     def __init__(self, k): self.k = k
     def encodes(self, x): return (PILImage.create(255-np.array(x[0])) if self.k else x[0], *x[1:])
 

@@ -15,7 +15,7 @@ is_tried = functools.lru_cache(None)(lambda file: file.startswith(tuple(tried)))
 
 
 def interrupted(f, at):
-    "Call `f`, and interrupt it at the line event `at`; how many of these there were until then"
+    "Call `f` and interrupt it at the line event `at`; return how many there were until then"
     n,me = 0,threading.get_ident()
     def line(frame, event, arg):
         nonlocal n
@@ -33,7 +33,7 @@ def interrupted(f, at):
 
 
 def whole_state(model, learn=None):
-    "What the model and Learner are like, and what belongs to the thread and the process"
+    "The state of the model, the Learner, the thread and the process"
     depth,_ = torch.autocast_increment_nesting(),torch.autocast_decrement_nesting()
     dynamo = sys.modules.get('torch._dynamo.eval_frame')
     return dict(state(model, learn), figures=plt.get_fignums(), depth=depth, modes_on=torch.overrides._get_current_function_mode_stack(), hooks_on_all=dict(torch_module._global_forward_hooks),
@@ -42,7 +42,7 @@ def whole_state(model, learn=None):
 
 
 def try_lines(call, model, learn=None, n=None, seed=0):
-    "Interrupt `call` at `n` of its lines, all of them if it is None; the lines after which something was left"
+    "Interrupt `call` at `n` of its lines, or at all if None; return the lines after which something was left"
     for _ in range(2): call() # the first calls fill caches, and run more lines
     total,before,left = interrupted(call, 0),whole_state(model, learn),[]
     if plt.get_fignums():

@@ -8,7 +8,7 @@ import timm_layers
 
 
 class MSA(nn.Module):
-    "Self-attention as people write it, under a name that does not say so"
+    "Self-attention as people write it, under a name that does not give it away"
     def __init__(self, d, heads):
         super().__init__()
         self.heads,self.qkv,self.soft,self.drop,self.out = heads,nn.Linear(d, 3*d),nn.Softmax(-1),nn.Dropout(.1),nn.Linear(d, d)
@@ -54,7 +54,7 @@ def vit(**kwargs):
 
 
 def told(f):
-    "What `f()` returns, and what it warns of"
+    "Give what `f()` returns, and what it warns of"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         res = f()
@@ -62,7 +62,7 @@ def told(f):
 
 
 def test_an_attention_is_told_by_what_it_does():
-    "And not by its class's name: neither its softmax, tokens × tokens, nor a dropout of it is the default"
+    "Not by its class's name: neither its softmax, tokens × tokens, nor a dropout of that is the default"
     model,x = vit(),torch.randn(2, 3, 64, 64)
     assert attentions(model, x)==[f'blocks.{i}.mix' for i in range(3)]
     layer,said = told(lambda: default_layer(model, x))
@@ -71,7 +71,7 @@ def test_an_attention_is_told_by_what_it_does():
 
 
 class TwoHeads(nn.Module):
-    "A second head reads the largest token, as that of a VOLO"
+    "A second head reads the largest token, as in a VOLO"
     def __init__(self):
         super().__init__()
         self.vit,self.aux = vit(),nn.Linear(24, 4)
@@ -92,7 +92,7 @@ class Flip(nn.Module):
 
 
 def test_what_cannot_be_decided_is_told():
-    "In one line, with the names of other layers: here none has its cells in the picture's order"
+    "In one line, with the names of other layers: no layer here has its cells in the picture's order"
     model,x = nn.Sequential(Flip(), vit()),torch.randn(1, 3, 64, 64)
     layer,said = told(lambda: default_layer(model, x))
     assert layer is model[1].blocks[2].n1 and len(said)==1 and '\n' not in said[0]
@@ -108,7 +108,7 @@ def test_a_layer_before_the_order_is_lost():
 
 @pytest.mark.parametrize('windows', [False, True])
 def test_a_named_layer_whose_cells_are_not_in_order(windows):
-    "Is told once in a call, however many batches there are"
+    "There is one warning a call, however many batches there are"
     model,x = vit(windows=windows),torch.randn(2, 3, 64, 64)
     for layer in ('blocks.1', model.blocks[1].n2):
         _,said = told(lambda: model_heatmaps(model, x, layer=layer))
@@ -163,7 +163,7 @@ class NoGrad(nn.Module):
 
 
 def test_a_forward_without_autograd():
-    "The hooks turn it on; a part after them that turns it off is refused in one line, while methods without gradients work"
+    "The hooks turn it on; if a later part turns it off, one line says so, while methods without gradients work"
     x,model = torch.randn(2, 3, 64, 64),vit()
     torch.testing.assert_close(model_heatmaps(NoGrad(model), x, cls=1)[0], model_heatmaps(model, x, cls=1)[0])
     chain = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), Turn(), nn.LayerNorm(8), nn.Flatten(), nn.Linear(8*64, 3)).eval()
@@ -208,7 +208,7 @@ chosen = dict(convit_tiny='blocks.11.norm1', coat_lite_tiny='serial_blocks4.1.no
 @pytest.mark.slow
 @pytest.mark.parametrize('name', chosen)
 def test_families_of_timm(name):
-    "The default's map follows a bright square, as `tools/timm_layers.py` sees it; that of all families takes minutes"
+    "The default's map follows a bright square, as in `tools/timm_layers.py`, which tries all families in minutes"
     _,layer,_,_,verdict,said = timm_layers.row(name)
     assert (layer,verdict,said)==(chosen[name], 'right', '')
 
@@ -274,7 +274,7 @@ def trained(make, epochs):
 @pytest.mark.slow
 @pytest.mark.parametrize('make,layer,epochs', [(SmallUnet, 'u1', 4), (fastai_unet, 'layers.10', 4)])
 def test_the_default_of_a_unet_shows_large_and_small(make, layer, epochs):
-    "In nets trained to find squares of two sizes, evidence lies inside of both"
+    "In nets trained to find squares of two sizes, the evidence lies inside both"
     model,(x,y) = trained(make, epochs),squares(16, 99)
     with torch.no_grad(): assert (model(x).argmax(1)==y).float().mean()>.98
     assert layer_names(model, [default_layer(model, x)])==[layer]

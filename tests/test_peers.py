@@ -133,14 +133,14 @@ def best(model, xb):
 
 @pytest.mark.slow
 def test_pytorch_grad_cam_ablationcam(small):
-    "Where the layer has no negative values, and the score is above zero"
+    "If the layer has no negative values, and the score is above zero"
     model,layer,xb,_ = small
     targs = best(model, xb)
     all_close(ours(model, xb, targs, 'ablationcam', layer=layer), parts(pgc.AblationCAM, model, model.get_submodule(layer), xb, targs))
 
 
 def test_pytorch_grad_cam_ablationcam_at_the_end_of_the_body():
-    "Of a class whose score is below zero, its map is the negative of ours"
+    "For a class whose score is below zero, its map is the negative of ours"
     set_seed(3)
     model,xb = create_vision_model(resnet18, 37, pretrained=False).eval(),torch.randn(1, 3, 64, 96)
     for c,sign in ((best(model, xb)[0], 1), (int(model(xb).argmin()), -1)):

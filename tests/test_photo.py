@@ -1,4 +1,4 @@
-"Maps on the original photo: transforms that move pictures but no points are found out, whatever the photo shows; large photos take little memory; pictures are what a plain formula gives."
+"Maps on the original photo: transforms that move pictures but no points are found out; large photos take little memory; pictures follow a plain formula."
 import io, subprocess, sys
 import PIL.ImageChops, PIL.ImageFilter, PIL.ImageOps
 import pytest
@@ -58,7 +58,7 @@ moves = {
 
 @pytest.mark.parametrize('name', moves)
 def test_transforms_that_move_pictures_only_are_refused(name):
-    "On all photos, also those that look the same afterwards"
+    "On all photos, even those that look the same afterwards"
     ims = some_photos()
     assert not any(accepted(photo_dl(ims, [Pic(moves[name]), Resize(224)]), len(ims)))
 
@@ -74,7 +74,7 @@ colours = {
 
 @pytest.mark.parametrize('name', colours)
 def test_transforms_of_colours_are_accepted(name):
-    "On all photos, and they change nothing in where the points are"
+    "On all photos, and the points stay where they are"
     ims = some_photos()
     dl = photo_dl(ims, [Pic(colours[name]), Resize(224)])
     assert all(accepted(dl, len(ims)))
@@ -92,7 +92,7 @@ batches = {
 
 @pytest.mark.parametrize('train', [False, True])
 def test_fastai_transforms_are_accepted(train):
-    "For validation, and where they are asked about one draw for training"
+    "For validation, and for training if it is one draw that is asked about"
     set_seed(0)
     ims = some_photos()[1:5]
     for name,o in [*geometries.items(), *((n, [Resize(128), b]) for n,b in batches.items())]:
@@ -111,7 +111,7 @@ def test_other_kinds_of_photos():
 
 
 class Trim(Transform):
-    "Cut the dark edges off, by what the photo shows, and move points too"
+    "Cuts off the dark edges of a photo, and moves points too"
     order = 0
     def __call__(self, b, **kwargs):
         self.box = b[0].point(lambda o: 255*(o>100)).getbbox() if isinstance(b, tuple) else self.box
@@ -139,11 +139,11 @@ def test_photos_that_lie_on_their_side(tmp_path):
 
 
 def test_transforms_of_a_training():
-    "Where they move photos by chance, nobody knows any more where they took one; where they do not, they are accepted"
+    "If they move photos at random, nobody knows any longer where they took one; otherwise they are accepted"
     ims = some_photos()[:2]
     for tfms in [(RandomResizedCrop(64, min_scale=.5),()), (Resize(64, 'squish'),Flip(p=.5)), (Resize(64, 'squish'),Rotate(10, p=.5))]:
         for i in range(2):
-            with pytest.raises(ValueError, match='alike each time'): heatmaps(photo_dl(ims, *tfms, train=True), 2).view(i, 'original')
+            with pytest.raises(ValueError, match='in the same way each time'): heatmaps(photo_dl(ims, *tfms, train=True), 2).view(i, 'original')
     for tfms in [(Resize(64, 'squish'),()), (Resize(64, 'squish'),[Brightness(p=.5), Flip(p=1.)])]:
         assert heatmaps(photo_dl(ims, *tfms, train=True)).view(0, 'original')
 
@@ -165,7 +165,7 @@ def plain_pictures(img, m, alpha, cmap, vmin, vmax):
 @pytest.mark.parametrize('signed', [False, True])
 @pytest.mark.parametrize('fmt', ['png', 'jpg', 'webp'])
 def test_saved_pictures(tmp_path, on, signed, fmt):
-    "Two maps an image, of a photo of several strips: the same pixels as by the plain formula"
+    "Two maps an image, on a photo of several strips: the same pixels as by the plain formula"
     im = PILImage.create(np.random.default_rng(0).integers(0, 255, (6,9,3), dtype=np.uint8)).resize((900,600), Image.BICUBIC)
     set_seed(1)
     maps = torch.rand(1, 2, 5, 5) - .5*signed

@@ -44,7 +44,7 @@ def test_metadata():
 
 
 def test_bounds():
-    "Each requirement, also of the extras, says from which version on; and tools/oldest.py tries just these"
+    "Each requirement, of the extras too, names its oldest version; and tools/oldest.py tries just these"
     spec = spec_from_file_location('oldest', root/'tools'/'oldest.py')
     oldest = module_from_spec(spec)
     spec.loader.exec_module(oldest)

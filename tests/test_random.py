@@ -13,7 +13,7 @@ def train(pics, beside=None):
 
 @pytest.mark.slow
 def test_a_training_beside_a_thread_that_explains(pics):
-    "Takes the course that it takes alone"
+    "It takes the same course as alone"
     other,files = pic_learner(pics),get_image_files(pics)
     want,calls,done = train(pics),[],threading.Event()
     def explain():

@@ -85,7 +85,7 @@ def test_each_picture_by_hand(method): check(Scores(), method)
 @pytest.mark.parametrize('net', nets)
 @pytest.mark.parametrize('method', ['activations', 'gradcam', 'cam', 'smooth_gradcam++', 'ablationcam', 'gradient_x_input', 'occlusion'])
 def test_whatever_runs_on_it(net, method):
-    "Runs in another order, on one batch, several times; a tuple as the only input"
+    "In another order, on one batch, several times; with a tuple as the only input"
     check(net(nested=True), method, bs=2)
 
 

@@ -1,4 +1,4 @@
-"Which sign evidence has, and where there is none: by hand, where other libraries share the fault; and inputs that are no pictures, made under `inference_mode`, or explained into a log file."
+"The sign of evidence, and where there is none, by hand; and inputs that are no pictures, made under `inference_mode`, or explained into a log file."
 import contextlib, io, pytest, sys, warnings
 from conftest import *
 from fastai_heatmaps.core import passes
@@ -53,7 +53,7 @@ def test_ablationcam_of_the_demo_goes_along_with_gradcam(demo):
 # ---- EigenCAM and EigenGrad-CAM
 
 def test_eigengradcam_of_a_class_whose_strongest_pattern_is_against_it():
-    "Two patterns: -3 in one cell, and 2 in two others, which is weaker (√8), and more on the whole. The negative of the first would show what is against the class"
+    "Two patterns: -3 in one cell, and 2 in two others, which is weaker (√8) but more in sum. The negative of the first would show what is against the class"
     acts = tensor([[[[3.,0.],[0.,0.]], [[0.,2.],[2.,0.]]]])
     sign = tensor([-1.,1.])[None,:,None,None].expand_as(acts)
     f = heatmap_methods['eigengradcam']
@@ -64,7 +64,7 @@ def test_eigengradcam_of_a_class_whose_strongest_pattern_is_against_it():
 
 
 def test_eigengradcam_is_not_flat_where_the_evidence_is_for_the_class():
-    "Of 2000 random maps; where the class's evidence is negative on the whole, a map may be so everywhere"
+    "In 2000 random maps; only where a class's evidence is negative on the whole may its map be so everywhere"
     gen = torch.Generator().manual_seed(0)
     acts = torch.rand(2000, 1, 3, 3, generator=gen) + .5*torch.rand(2000, 6, 3, 3, generator=gen)
     grads = torch.randn(2000, 6, 1, 1, generator=gen).expand_as(acts)
@@ -76,7 +76,7 @@ def test_eigengradcam_is_not_flat_where_the_evidence_is_for_the_class():
 
 @pytest.mark.parametrize('method', ['eigencam', 'eigengradcam'])
 def test_eigen_methods_of_values_that_are_not_finite(pics, method):
-    "One image of a batch is spoilt; its title says so, and the other has its map"
+    "One image of a batch has no finite map; its title says so, and the other has its map"
     learn = pic_learner(pics)
     x = first(learn.dls.valid)[0].as_subclass(Tensor)[:2]
     want = model_heatmaps(learn.model, x, cls=0, method=method, relu=False)[0]
@@ -101,7 +101,7 @@ def number_learner(pics, bias=0.):
 
 
 def test_a_negative_number_shows_its_evidence(pics):
-    "The brighter, the less: all the evidence is negative, and shown in blue"
+    "The brighter, the lower: all the evidence is negative, and shown in blue"
     learn = number_learner(pics)
     hm = learn.get_heatmaps()
     assert hm.task=='numbers' and (hm.preds<0).all() and (hm.maps<0).flatten(1).any(1).all()
@@ -120,7 +120,7 @@ def test_which_tasks_are_signed(learn):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 def test_a_map_that_is_cut_off_says_so(pics, tmp_path, dtype):
-    "Also once it is joined, chosen from and stored; a map that was empty from the start says that"
+    "Even after joining, choosing and storing; a map that was empty from the start says so"
     learn = pic_learner(pics)
     learn.model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 8, 8), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)))
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_one_bar_for_integrated_gradients(n):
 # ---- integrated gradients across kinks
 
 class Kink(nn.Module):
-    "The sum of the pixels, above `at` only; beside it the sum of their squares"
+    "The sum of the pixels, only as far as it is above `at`; and the sum of their squares"
     def __init__(self, at): super().__init__(); self.at,self.seen = at,0
     def forward(self, x):
         if torch.is_grad_enabled(): self.seen += len(x)
@@ -304,7 +304,7 @@ def test_integrated_gradients_across_a_kink_by_hand(at):
 
 
 def test_points_of_integrated_gradients(learn):
-    "A smooth way takes 50, and one that is too rough for 400 says so"
+    "A smooth way takes 50 points; if one is too rough for 400, a warning says so"
     net,x = Kink(-1.),torch.rand(1, 1, 4, 4)
     model_heatmaps(net, x, cls=0, method='integrated_gradients')
     assert net.seen==50

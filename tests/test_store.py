@@ -1,4 +1,4 @@
-"Folders that heatmaps are written into: what is not ours stays, another run is not taken for this one, two writers do not meet, and no manifest is trusted."
+"Folders of heatmaps: what is not ours stays, another run is not taken for this one, two writers do not meet, and no manifest is trusted."
 import csv, functools, json, multiprocessing, os, re, stat, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import requires
@@ -14,7 +14,7 @@ lock = '.fastai_heatmaps.lock'
 
 
 class Net(nn.Module):
-    "A body and a head of a few weights, with things that a state_dict does not tell"
+    "A body and a head of a few weights, with things that a state_dict does not hold"
     def __init__(self, act=nn.ReLU, pool=nn.AdaptiveAvgPool2d, shift=0.):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), act(), nn.Conv2d(8, 8, 3, 2, 1), act())
@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 class Scaled(ItemTransform):
-    "A transform whose text does not tell its parameter"
+    "A transform whose text does not show its parameter"
     def __init__(self, k): self.k = k
     def encodes(self, x): return (PILImage.create((np.array(x[0])*self.k).astype(np.uint8)), *x[1:])
 
@@ -98,7 +98,7 @@ def default(k): return lambda acts, grads, k=k: acts.mean(1)*k
 
 
 def replaced(f, keep_time):
-    "Another picture of the same name, and size of file, as far as a picture can have it; with the same time if asked"
+    "Replace a picture by one of the same name and, if possible, size of file; and with the same time, if asked"
     was = f.stat()
     Image.new('RGB', (70,60), 'green').save(f)
     data = f.read_bytes()
@@ -108,7 +108,7 @@ def replaced(f, keep_time):
 
 
 def trials(files, monkeypatch):
-    "Name -> a function of 0, or 1 after the change, that gives a Learner and arguments"
+    "Name -> a function of 0 (before the change) or 1 (after it) that gives a Learner and arguments"
     me = sys.modules[__name__]
     def own(make): return lambda c: (small(files), dict(method=make(c+1), run='1'))
     def on_net(change):
@@ -199,7 +199,7 @@ def test_a_function_of_the_users_own_needs_a_name(files, tmp_path, monkeypatch):
 
 
 def test_what_it_costs(files, tmp_path):
-    "Of what is complete four images run again; of what is not, four of those that are there, and the rest"
+    "If all is there, four images run again; if not, four of those that are there, and the rest"
     learn,n = small(files),[]
     learn.get_heatmaps(out=tmp_path/'out', layer='body')
     learn.model.register_forward_hook(lambda m, i, o: n.append(len(o)))
@@ -214,7 +214,7 @@ class BatchStats(Net):
 @pytest.mark.parametrize('kw', [dict(dtype=torch.float16), dict(method='saliency', dtype=torch.float16), dict(method='rise', n=4), dict(method='smoothgrad', n=2), dict(method='integrated_gradients', steps=2), dict(relu=False, topk=2)])
 @pytest.mark.filterwarnings('ignore:the attributions sum')
 def test_the_same_run_goes_on(kw, files, tmp_path):
-    "Whatever the precision and the method; also where the others in a batch matter, and where a random number was drawn in between"
+    "Whatever the precision and the method; even if the others in a batch matter, or a random number was drawn in between"
     for net in (Net, BatchStats):
         out = tmp_path/net.__name__
         first = small(files, net=net).get_heatmaps(out=out, **kw)
@@ -231,7 +231,7 @@ def test_maps_of_several_sizes_go_on(demo, tmp_path):
 # What is not ours
 
 def test_what_is_not_ours_stays(files, tmp_path):
-    "Files of the user's own are not touched by a new run, nor is a folder of theirs, nor a temporary file of theirs"
+    "A new run touches no files, folders or temporary files of the user's own"
     learn = small(files)
     mine = dict(manifest={'manifest.json':'{"name": "my app", "run": {"n": 3, "part": 1}}', 'part-00000000.npz':'mine'}, tmp={'.x.tmp':'mine'},
                 part={'part-00000000.npz':'mine'}, table={'manifest.csv':'a,b\n'}, run={'manifest.json':'{"run": {"n": 12, "part": 256}}', 'part-00000000.npz':'mine', '.a.tmp':'b'})
@@ -263,7 +263,7 @@ def test_pictures_of_the_users_own_stay(learn, pics, tmp_path):
         (tmp_path/'manifest.csv').unlink()
         (tmp_path/row['heatmap']).write_bytes(mine)
         before = contents(tmp_path)
-        with pytest.raises(FileExistsError, match='is no picture that this package drew') as e: hm.save(tmp_path, overwrite=True)
+        with pytest.raises(FileExistsError, match='was not drawn by this package') as e: hm.save(tmp_path, overwrite=True)
         assert contents(tmp_path)==before and '\n' not in str(e.value)
         (tmp_path/row['heatmap']).unlink()
         hm.save(tmp_path, overwrite=True)
@@ -324,7 +324,7 @@ def bad_manifests(good):
 
 
 def test_manifests_of_other_kinds(files, tmp_path):
-    "One ValueError of one line, whatever the manifest is, and nothing is touched"
+    "One ValueError of one line, whatever is in the manifest, and nothing is touched"
     learn,out = small(files),tmp_path/'out'
     learn.get_heatmaps(out=out)
     good = json.loads((out/'manifest.json').read_text())
@@ -340,7 +340,7 @@ def test_manifests_of_other_kinds(files, tmp_path):
 
 
 def test_parts_of_other_kinds(files, tmp_path):
-    "Arrays of the wrong type or shape are damage: told in one line, and made anew"
+    "Arrays of the wrong type or shape count as damage: one line says so, and they are made anew"
     learn,out = small(files),tmp_path/'out'
     learn.get_heatmaps(out=out)
     part = out/'part-00000000.npz'
@@ -389,7 +389,7 @@ def test_no_row_is_lost(tmp_path):
 
 
 def test_a_store_that_is_being_written(files, tmp_path, monkeypatch):
-    "Another run is refused in one line and does not remove what the living one writes; what a dead one left is removed"
+    "Another run is refused in one line and leaves what the living one writes; what a dead one left is removed"
     import fastai_heatmaps.data.store as store
     learn,out,seen = small(files),tmp_path/'out',[]
     monkeypatch.setattr(store, 'locked', lambda folder, wait: locked(folder, .1))

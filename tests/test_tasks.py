@@ -244,7 +244,7 @@ def over_predicted(c, signed=False):
 
 
 def last_features(model, x):
-    "Of the layers whose output has not the channels of the answer, the last to run"
+    "The last to run of the layers whose output has other channels than the answer"
     outs = []
     hooks = [m.register_forward_hook(lambda m, i, o: outs.append((m, o.shape[1]))) for m in model.modules()]
     with torch.no_grad(): c = model.eval()(x).shape[1]
@@ -490,7 +490,7 @@ def test_a_learner_with_two_inputs(pics):
 
 
 def test_new_items_for_a_learner_with_two_inputs(pics):
-    "An item is what the DataLoaders make all inputs of, here a file; one of three parts is not silently cut"
+    "An item is what the DataLoaders make all inputs from, here a file; one of three parts is not silently cut"
     learn = Learner(task_dls(pics, RegressionBlock(n_out=2), CategoryBlock, getters=[noop, meta, label], n_inp=2), Joint(), loss_func=CrossEntropyLossFlat())
     f = sorted_files(pics)[3]
     one_line(lambda: learn.show_gradcam(learn.dls.valid_ds[0]))
@@ -503,7 +503,7 @@ class Siamese(nn.Module):
 
 
 def test_two_pictures(pics):
-    "The pixels of the first are explained; of a body that both go through, the call that belongs to the input asked for"
+    "The pixels of the first are explained; if both go through one body, the run on the input asked for"
     set_seed(7)
     learn = Learner(task_dls(pics, ImageBlock, CategoryBlock, getters=[noop, other_image, label], n_inp=2), Siamese(), loss_func=CrossEntropyLossFlat())
     a,b = valid(learn),valid(learn, 1)

@@ -26,12 +26,12 @@ def one_line(
 def hush(
     stream # stdout or stderr
 ):
-    "Send what `stream` still gets nowhere: nobody reads it any more"
+    "Discard what is still written to `stream`: nobody reads it any longer"
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 # %% ../../nbs/70_cli.files.ipynb #c1000008
 def tell(o): # An exception, or text
-    "Print `o` in one line on stderr; if it cannot be printed, the work goes on"
+    "Print `o` in one line on stderr; if that fails, the work goes on"
     try: print(f'fastai-heatmaps: {one_line(o)}', file=sys.stderr)
     except OSError: hush(sys.stderr)
 
@@ -100,7 +100,8 @@ def find_images(
     "Find the images that `args` stand for, in that order, without pictures that this package drew"
     matches = [o for arg in args for o in _matches(arg)]
     if column is not None and not any(map(_is_csv, [*args, *matches])):
-        raise UsageError(f"--column {column!r} is a column of a CSV file, and none of the images is one: name the CSV, or leave --column out")
+        raise UsageError(f"--column {column!r} is a column of a CSV file, and no CSV is named: "
+                         "name it among the images, or leave --column out")
     found = (f for o in matches for f in _images_of(o, column))
     exists = {f: os.path.isfile(f) for f in found}
     return [f for f,ok in exists.items() if ok and not is_drawn(f)], [f for f,ok in exists.items() if not ok]

@@ -139,7 +139,8 @@ def _draw_grid(hm, files, out): # as one picture, each image with the name of it
     out.parent.mkdir(parents=True, exist_ok=True)
     fig = axs.flat[0].figure
     kind = out.suffix[1:].lower()
-    mark = dict(metadata={'Creator': f'fastai_heatmaps {__version__}'}) if kind in ('pdf', 'svg') else dict(pil_kwargs={'exif': marked_exif()})
+    if kind in ('pdf', 'svg'): mark = dict(metadata={'Creator': f'fastai_heatmaps {__version__}'})
+    else: mark = dict(pil_kwargs={'exif': marked_exif()})
     with whole_file(out) as tmp: fig.savefig(tmp, format=kind, dpi=110, bbox_inches='tight', **mark)
     plt.close(fig)
 
@@ -313,11 +314,11 @@ def _parse(args):
     return a
 
 # %% ../../nbs/73_cli.main.ipynb #ca000023
-def _for_a_shell(o): # the text of an error or a warning, with options in place of arguments
+def _for_a_shell(o): # the text of an error or a warning, with options instead of arguments
     return (str(o).replace('pass overwrite=True', 'add --overwrite')
                   .replace('pass open_image(file, upright=True)', 'add --upright'))
 
-def _fill_std(): # stands in for what is closed of stdin, stdout and stderr, so that no other file takes its place
+def _fill_std(): # open devnull for each of stdin, stdout and stderr that is closed, so that no other file takes its number
     fd = 0
     while fd<3: fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)

@@ -18,7 +18,7 @@ def check_kind(
     path:Path, # A file
     instead:str # What to do about a TorchScript model
 ):
-    "Raise a ValueError that says what `path` is, if it is a tar archive or a TorchScript model"
+    "Raise a ValueError if `path` is a tar archive or a TorchScript model"
     if tarfile.is_tarfile(path): raise ValueError("it is a tar archive; unpack it, and name the file in it")
     if not zipfile.is_zipfile(path): return
     with zipfile.ZipFile(path) as z: names = [o.rsplit('/', 1)[-1] for o in z.namelist()]
@@ -193,7 +193,7 @@ def _check_request(path, trust, arch, vocab, size): # may this file be opened, a
     if vocab is not None:
         raise UsageError("--vocab goes with --arch, for a file of weights: an exported Learner knows its classes")
     if size is not None:
-        raise UsageError("--size goes with --arch, for a file of weights: an exported Learner makes its images of their size itself")
+        raise UsageError("--size goes with --arch, for a file of weights: an exported Learner sizes its images itself")
     if path.suffix.lower()=='.safetensors':
         raise UsageError(f"{name} holds weights: name their architecture with --arch, and the classes with --vocab")
     if not trust:

@@ -26,7 +26,7 @@ class Part(NamedTuple):
     run:int # Which of the layer's runs
     place:int=0 # Which of the `of` parts of the batch
     of:int=1 # How many parts the batch has, one for each picture
-    apart:bool=False # Are the pictures of an item next to each other in the batch, rather than all first pictures before all second ones?
+    apart:bool=False # Are the pictures of an item next to each other, rather than all first ones before all second ones?
 
     def rows(self, n):
         "Give the rows that belong to it, of the `n` that the layer puts out"

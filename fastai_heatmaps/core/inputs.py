@@ -82,7 +82,7 @@ def _other(x): # other pictures to put in place of `x`
     std = x.float().std(correction=0).to(x)
     return x + noise*torch.where(std>0, std, 1)
 
-def _runs(model, *xb): # layer -> for each run that puts out a tensor, its shape, and two sums over each row, by which rows are compared
+def _runs(model, *xb): # layer -> for each run that puts out a tensor, its shape, and two sums over each row to compare them by
     runs = {}
     def record(m, i, o):
         if not isinstance(o, Tensor) or o.ndim<2: return
@@ -137,7 +137,7 @@ def parts_of(
     model, # A model, or a `OneInput`
     layers:list # Some of its modules
 ) -> list: # A `Part` or None for each, or None for all
-    "Find the part of each layer that belongs to the input explained; raises ValueError if there is none, or more than one may be it"
+    "Find the part of each layer that belongs to the input explained; raises ValueError if there is none, or no telling which"
     if not isinstance(model, OneInput): return None
     res = []
     for l in layers:

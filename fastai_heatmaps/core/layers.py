@@ -119,7 +119,7 @@ class _Products(FunctionMode): # calls `found` at each product of activations
 def recorded_attention(
     model:nn.Module # Any model
 ):
-    "Record the modules, except the model itself, that multiply activations by one another, and for each module those that it ran in"
+    "Record the modules inside the model that multiply activations by one another, and for each module those that it ran in"
     running,callers,attend = [],{},set()
     def begin(m, i): running.append(m)
     def end(m, i, o):
@@ -154,7 +154,7 @@ def _noisy(x): # a version of the picture `x` (1, C, H, W) for each of `_places`
         yield res
 
 # %% ../../nbs/02_core.layers.ipynb #ly000014
-def _places_hit(maps): # for how many of `_places` does the map of the picture changed there differ most there? `maps`: (4, C, h, w)
+def _places_hit(maps): # how many of `maps` (4, C, h, w), of pictures changed in one of `_places` each, differ most there
     side = min(4, *maps.shape[2:]) # of the board
     boards = F.adaptive_avg_pool2d((maps-maps.mean(0)).abs().sum(1), side)
     boards = boards/boards.sum((1,2), keepdim=True)
@@ -177,7 +177,7 @@ def places_shown(
     with quiet(model): return [hit(*o) for o in zip(*map(maps, _noisy(x)))]
 
 # %% ../../nbs/02_core.layers.ipynb #0ded73b0
-def _with_influence(model, names, dense, *xb): # those of the layers `names` with several cells that the answer depends on; `dense`: it is a map
+def _with_influence(model, names, dense, *xb): # layers with several cells that the answer depends on; `dense`: it is a map
     xb = [x[:1] for x in xb]
     with quiet(model), leaf_hooks([model.get_submodule(n) for n in names]) as hooks:
         outs = [t for t in tensors_in(model(*xb)) if t.is_floating_point()]
@@ -239,7 +239,7 @@ def default_layer(
     model:nn.Module, # Any model
     *xb:Tensor # Its inputs, which are not needed for a body and a head
 ) -> nn.Module:
-    "Find the body of a `Sequential(body, head)`, or the last layer of any other model with a map that shows what the answer rests on"
+    "Find the body of a `Sequential(body, head)`, or in any other model the last layer with a map of what the answer rests on"
     if is_body_and_head(model): return model[0]
     maps,sure = usable_layers(model, *xb)
     if not maps: raise no_map('there is no default layer', model, *xb)

@@ -160,8 +160,8 @@ class Pass:
         for h in hooks: check_hook(h, model, *xb)
         self.x,self.grads = xb[0].detach().as_subclass(Tensor),{} # (a hook, the classes) -> gradients
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
-        is_picture = self.x.ndim==4 and not isinstance(model, OneInput) # which has the layout of its batch, and whose layers' runs are counted
-        self.channels_last = is_picture and self.x.device.type=='cpu' # the layout of changed images, until the model refuses it
+        one_picture = self.x.ndim==4 and not isinstance(model, OneInput) # of several, each keeps its layout
+        self.channels_last = one_picture and self.x.device.type=='cpu' # the layout of changed images, until the model refuses it
         self.task,act = find_task(pred, targs, vocab, loss_func, score),activation(loss_func)
         self.score_of = self.task.scorer(pred, len(self.x), vocab, score)
         with torch.set_grad_enabled(len(hooks)>0): self.scores = self.score_of(pred)

@@ -21,7 +21,7 @@ def temp_files(
     folder:Path,
     kind:str='*' # A suffix such as '.npz'
 ) -> list: # Of paths
-    "List the temporary files of `whole_file` in `folder`: those of a writer at work, or of one that was killed"
+    "List the temporary files of `whole_file` in `folder`, of writers at work or killed"
     return list(folder.glob(f".fastai_heatmaps-{'[0-9a-f]'*32}{kind}.tmp"))
 
 @contextmanager
@@ -39,13 +39,14 @@ def whole_file(
 @contextmanager
 def locked(
     folder:Path,
-    wait=60 # For how many seconds, if another process or thread has the lock
+    wait=60 # How many seconds to wait, if another process or thread holds the lock
 ):
-    "Hold the lock of `folder`; a FileExistsError says that another run holds it"
+    "Hold the lock of `folder`; raises FileExistsError if another run keeps it"
     lock = FileLock(folder/'.fastai_heatmaps.lock')
     try: held = lock.acquire(timeout=wait)
     except Timeout:
-        raise FileExistsError(f"{folder} is being written by another run: wait until that has ended, or choose another folder") from None
+        raise FileExistsError(f"{folder} is being written by another run: "
+                              "wait until that has ended, or choose another folder") from None
     with held: yield
 
 # %% ../../nbs/24_data.files.ipynb #b43b42f1
@@ -73,7 +74,7 @@ def _no_formula(o): # the text of a cell that no spreadsheet runs
     except ValueError: return f"'{s}" if s.startswith(tuple('=+-@\t\r\n＝＋－＠')) else s
     return s
 
-def _rows_in(table): # those of a table; none where it does not exist
+def _rows_in(table): # of a table; none if it does not exist
     if not table.exists(): return []
     with open(table, **_text) as f: return list(csv.DictReader(f))
 
@@ -97,14 +98,14 @@ _kinds = 'map','heatmap','overlay' # of pictures
 _formats = dict(png='PNG', jpg='JPEG', webp='WEBP')
 
 def _rows(hm, names, fmt): # a list for each image, of the rows of its maps
-    items,names,cls = hm.images.names,file_names(names),hm.cls.tolist()
-    stems = [f'{n}-{c}' for n,row in zip(names, cls) for c in file_names(map(hm.name, row))]
+    items,cls = hm.images.names,hm.cls.tolist()
+    stems = [f'{n}-{c}' for n,row in zip(file_names(names), cls) for c in file_names(map(hm.name, row))]
     stems = iter(file_names(stems, 161))
     def row(i, c):
         stem = next(stems)
         return dict(item=items[i], cls=hm.name(c), probability=f'{float(hm.preds[i,c]):.6g}',
-                    truth='' if hm.targs is None else hm.truth(i), method=hm.method, layer=hm.layer, **{k:f'{stem}-{k}.{fmt}' for k in _kinds},
-                    fastai_heatmaps=__version__, torch=torch.__version__)
+                    truth='' if hm.targs is None else hm.truth(i), method=hm.method, layer=hm.layer,
+                    **{k:f'{stem}-{k}.{fmt}' for k in _kinds}, fastai_heatmaps=__version__, torch=torch.__version__)
     return [[row(i, c) for c in cs] for i,cs in enumerate(cls)]
 
 # %% ../../nbs/24_data.files.ipynb #fi000017
@@ -119,7 +120,7 @@ from zlib import Z_RLE
 from .photo import photo_strips
 
 # %% ../../nbs/24_data.files.ipynb #ph000021
-def _laid(hm, i, on, interpolation): # image `i` in RGB; for each of its maps, the strips of it on the image, as from `photo_strips`
+def _laid(hm, i, on, interpolation): # image `i` in RGB; for each of its maps the strips that lie on it, as from `photo_strips`
     if on=='original':
         photo,grid = hm.images.photo(i)
         strips = [photo_strips(m[None], grid, photo.size[::-1], interpolation) for m in hm.maps[i]]
@@ -131,7 +132,7 @@ def _laid(hm, i, on, interpolation): # image `i` in RGB; for each of its maps, t
     return (photo if photo.mode=='RGB' else photo.convert('RGB')),strips
 
 # %% ../../nbs/24_data.files.ipynb #ph000022
-def _coloured(m, cmap, vmin, vmax): # a map in grey and in colours, black where the model saw nothing; and where it saw something
+def _coloured(m, cmap, vmin, vmax): # a map in grey and in colours, black where the model saw nothing; a mask of what it saw
     seen = np.isfinite(m)
     m = np.clip((np.where(seen, m, 0)-vmin) / (vmax-vmin), 0, 1)
     cmap = plt.get_cmap(cmap)
@@ -140,7 +141,7 @@ def _coloured(m, cmap, vmin, vmax): # a map in grey and in colours, black where 
     return np.rint(255*m).astype(np.uint8), colours*seen[...,None], np.uint8(255)*seen
 
 # %% ../../nbs/24_data.files.ipynb #6be3598c
-def _pictures(hm, i, on, alpha, interpolation, scales): # `_kinds` of each map of image `i`, one after another: each is there until the next is asked for
+def _pictures(hm, i, on, alpha, interpolation, scales): # the `_kinds` of each map of image `i`; the next may overwrite the last
     photo,maps = _laid(hm, i, on, interpolation)
     w,h = photo.size
     grey,colours,seen = pics = [Image.new(mode, photo.size) for mode in ('L', 'RGB', 'L')]
@@ -156,8 +157,8 @@ def _pictures(hm, i, on, alpha, interpolation, scales): # `_kinds` of each map o
         yield colours
 
 # %% ../../nbs/24_data.files.ipynb #ph000023
-def _write(pics, files, fmt): # write each of `pics` to its file; overlays as PNG are no larger by this, and done in a sixth of the time
-    for pic,file in zip(pics, files):
+def _write(pics, files, fmt):
+    for pic,file in zip(pics, files): # Z_RLE writes overlays as PNG in a sixth of the time, and no larger
         with whole_file(file) as tmp: pic.save(tmp, _formats[fmt], exif=marked_exif(), compress_type=Z_RLE)
 
 # %% ../../nbs/24_data.files.ipynb #fi000032

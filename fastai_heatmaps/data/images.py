@@ -24,13 +24,13 @@ class ImageError(ValueError):
 def is_turned(
     im:Image.Image
 ) -> bool:
-    "Ask whether the EXIF orientation of `im` says that it is stored turned or mirrored"
+    "Ask whether `im` is stored turned or mirrored, by its EXIF orientation"
     if 'exif' not in im.info: return False
     try: return im.getexif().get(0x0112) in range(2, 9)
-    except Exception: return False # damaged EXIF data, of a photo that opens all the same
+    except Exception: return False # a photo with damaged EXIF data opens all the same
 
 # %% ../../nbs/20_data.images.ipynb #im000034
-def _opened(o, cls): # `o` as an image of class `cls`, or whatever error opening it raises
+def _opened(o, cls): # `o` as an image of class `cls`, or any error that opening it raises
     if isinstance(o, (str, Path, bytes)): return cls.create(o)
     if isinstance(o, (Tensor, np.ndarray)) and str(o.dtype).split('.')[-1]!='uint8':
         raise ValueError(f'its pixels are {o.dtype}, expected uint8, height × width × channels')
@@ -60,7 +60,7 @@ class OpenImage(Transform):
         upright:bool=False # As for `open_image`
     ):
         self.cls,self.upright = cls,upright
-        self.met_turned = torch.zeros(1, dtype=torch.bool) # a tensor, because workers can share it
+        self.met_turned = torch.zeros(1, dtype=torch.bool) # a tensor, so that workers can share it
 
     def encodes(self, o):
         im = open_image(o, self.cls, self.upright)
@@ -69,10 +69,11 @@ class OpenImage(Transform):
 
     def tell(self):
         "Warn once of all photos that were stored turned"
-        met,self.met_turned = self.met_turned,torch.zeros(1, dtype=torch.bool) # a shared one keeps a file open
+        met = self.met_turned
+        self.met_turned = torch.zeros(1, dtype=torch.bool) # a new one, since a shared one keeps a file open
         if not met: return
         warn("there are photos that lie on their side or are mirrored: fastai does not turn them as their EXIF orientation says, "
-             "and the model gets them so; to turn them, pass open_image(file, upright=True)")
+             "and the model sees them so; to turn them, pass open_image(file, upright=True)")
 
 # %% ../../nbs/20_data.images.ipynb #im000008
 def input_list(
@@ -83,12 +84,13 @@ def input_list(
 
 # %% ../../nbs/20_data.images.ipynb #im000061
 def _types(tl, *kinds): # the classes among `kinds` that items of `tl` become
-    return [t for o in tl.types or [] for t in listify(o) if isinstance(t, type) and issubclass(t, kinds)]
+    types = [t for o in tl.types or [] for t in listify(o)]
+    return [t for t in types if isinstance(t, type) and issubclass(t, kinds)]
 
 def takes_several(
     dls:DataLoaders # A Learner's, even of one that was exported
 ) -> bool:
-    "Ask whether an item gives the model several inputs, or a tuple of pictures such as fastai's `ImageTuple`"
+    "Ask whether an item makes several inputs for the model, or a tuple of pictures such as fastai's `ImageTuple`"
     tl = input_list(getattr(dls, 'valid_ds', None))
     if not isinstance(tl, TfmdLists): return False
     return getattr(dls, 'n_inp', 1)>1 or bool(_types(tl, tuple)) and not _types(tl, PILBase, TensorImageBase)
@@ -112,15 +114,16 @@ def image_class(
 
 # %% ../../nbs/20_data.images.ipynb #im000043
 class OwnGenerator(torch.Generator):
-    "A generator of random numbers that another process makes anew"
+    "A generator of random numbers that is made anew in another process"
     def __reduce__(self): return OwnGenerator,()
 
 def own_dl(
     dl:DataLoader, # fastai's
-    **changes # Attributes that are to be others, such as `bs`, `n` or `get_idxs`; and `num_workers`
+    **changes # Attributes of the copy, such as `bs`, `n` or `get_idxs`; and `num_workers`
 ) -> DataLoader:
     "Copy `dl` with other attributes, and with random numbers of its own"
-    res,loader = copy(dl),copy(dl.fake_l)
+    res = copy(dl)
+    loader = copy(dl.fake_l)
     loader.num_workers = changes.pop('num_workers', loader.num_workers)
     loader.dataset,loader.d,loader.default,loader.generator = loader,res,res,OwnGenerator()
     for k,v in dict(changes, fake_l=loader, rng=random.Random(0)).items(): setattr(res, k, v)
@@ -134,12 +137,17 @@ def own_test_dl(
     with_labels:bool=False, # Do they have labels?
     **changes # As for `own_dl`
 ) -> DataLoader:
-    "Make what `dls.test_dl` does, with random numbers of its own"
+    "Make the DataLoader that `dls.test_dl` makes, with random numbers of its own"
     if not isinstance(dls.valid_ds, (Datasets, TfmdLists)): return dls.test_dl(items, rm_type_tfms, with_labels, **changes)
     ds = test_set(dls.valid_ds, items, rm_type_tfms, with_labels)
     return own_dl(dls.valid, dataset=ds, n=len(ds), **changes)
 
 # %% ../../nbs/20_data.images.ipynb #e0b82b94
+def _test_dl(dls, items, bs, **kwargs): # in the order of `items`; with a few of them, no workers are started
+    bs = bs or dls.valid.bs
+    if len(items)<=bs: kwargs['num_workers'] = 0
+    return own_test_dl(dls, items, bs=bs, shuffle=False, drop_last=False, **kwargs)
+
 def image_dl(
     dls:DataLoaders, # A Learner's, even of one that was exported
     items:list, # Each as for `open_image`
@@ -148,37 +156,35 @@ def image_dl(
 ) -> DataLoader: # With the validation transforms, in the order of `items`
     "Make a DataLoader that opens each of `items` as the image class of `dls`"
     cls = image_class(dls)
-    bs = bs or dls.valid.bs
-    kwargs = dict(bs=bs, shuffle=False, drop_last=False)
-    if len(items)<=bs: kwargs['num_workers'] = 0
     if not issubclass(cls, PILBase): # opened by the user's own function
-        if upright: raise ValueError("images are opened by a function of this Learner's own, which would have to turn them: leave upright out")
-        return own_test_dl(dls, items, rm_type_tfms=0, **kwargs)
+        if upright:
+            raise ValueError("this Learner opens images by a function of its own, which would have to turn them: leave upright out")
+        return _test_dl(dls, items, bs, rm_type_tfms=0)
     sample = cls(Image.new(cls._open_args.get('mode') or 'RGB', (1,1)))
-    dl = own_test_dl(dls, items, rm_type_tfms=input_list(dls.valid_ds).infer_idx(sample), **kwargs)
+    dl = _test_dl(dls, items, bs, rm_type_tfms=input_list(dls.valid_ds).infer_idx(sample))
     tl = input_list(dl.dataset)
     opens = OpenImage(cls, upright)
     if dl.fake_l.num_workers: opens.met_turned.share_memory_()
     tl.tfms.fs = L(opens) + tl.tfms.fs
-    dl.after_iter = partial(opens.tell) # a bound method would not be carried over to copies of `dl`
+    dl.after_iter = partial(opens.tell) # copies of `dl` would not keep a bound method
     return dl
 
 # %% ../../nbs/20_data.images.ipynb #im000063
 @no_trace
 def item_dl(
     dls:DataLoaders, # A Learner's
-    items:list, # Each as in `dls.valid_ds.items`, with a label or without; a tuple also stands for a list
+    items:list, # Each as in `dls.valid_ds.items`, with or without a label; where those are lists, a tuple will do
     bs:int=None # Batch size; None = that of `dls`
 ) -> DataLoader: # With the validation transforms, in the order of `items`
     "Make a DataLoader of items of a Learner with several inputs"
     if not items: raise ValueError("there are no items: pass at least one")
     own = getattr(dls.valid_ds, 'items', ())
     if len(own) and isinstance(own[0], list): items = [list(o) if type(o) is tuple else o for o in items]
-    kwargs = dict(bs=bs or dls.valid.bs, shuffle=False, drop_last=False)
-    if len(items)<=kwargs['bs']: kwargs['num_workers'] = 0
-    if getattr(dls.valid_ds, 'n_inp', 1)>1 and isinstance(dls.valid_ds, Datasets): kwargs['rm_type_tfms'] = 0 # one file is no pair of itself
+    kwargs = {}
+    several = getattr(dls.valid_ds, 'n_inp', 1)>1 and isinstance(dls.valid_ds, Datasets)
+    if several: kwargs['rm_type_tfms'] = 0 # so that one file is not taken for a pair
     try:
-        dl = own_test_dl(dls, items, **kwargs)
+        dl = _test_dl(dls, items, bs, **kwargs)
         dl.dataset[0]
     except Exception as e:
         reason = ' '.join(str(e).split()) or type(e).__name__

@@ -25,7 +25,7 @@ def _gpu_crop(f, x, points, split_idx): # the batch `x` and its `points`, croppe
     return x,TensorPoint((points+1)*scale - shift - 1)
 
 # %% ../../nbs/21_data.photo.ipynb #ph000010
-def _send(dl, im): # what the transforms of `dl` make of picture `im`, a batch of one; (1, 2, 33, 33): where a lattice of its points is in that
+def _send(dl, im): # what the transforms of `dl` make of `im`, a batch of one; where a lattice of its points is in that, (1, 2, 33, 33)
     split_idx = getattr(dl.dataset, 'split_idx', None)
     item_tfms = Pipeline([f for f in dl.after_item.fs if not isinstance(f, PointScaler)], split_idx)
     points = TensorPoint(_lattice().view(-1, 2), sz=im.size)
@@ -37,7 +37,7 @@ def _send(dl, im): # what the transforms of `dl` make of picture `im`, a batch o
     return x,grid.view(1, 33, 33, 2).permute(0, 3, 1, 2)
 
 # %% ../../nbs/21_data.photo.ipynb #ph000011
-def _between(n, k): # (n, k): how much each of `k` points, spread evenly from edge to edge, counts for the centres of `n` pixels
+def _between(n, k): # (n, k): the weights of `k` points, spread evenly from edge to edge, for the centres of `n` pixels
     at = (torch.arange(n)+.5)/n * (k-1)
     return (1-(at[:,None]-torch.arange(k)).abs()).clamp(min=0)
 
@@ -68,26 +68,30 @@ def on_photo(
     return torch.cat([m for _,m in photo_strips(maps, grid, size, mode)], 1)
 
 # %% ../../nbs/21_data.photo.ipynb #ph000015
-def _mark(im, grid, h, w): # a picture like `im`, of random cells; the grey of each cell (rows, columns), 0 to 3. `h`, `w`: the size of the input
-    steps = grid * tensor([w,h]).view(1,2,1,1)/2
+_greys = np.array([16,96,160,240], dtype=np.uint8)
+
+def _mark(im, grid, h, w): # a picture like `im`, of random cells; the place in `_greys` of each cell (rows, columns). `h`, `w`: of the input
+    pixels = grid * tensor([w,h]).view(1,2,1,1)/2 # where the points are in the input
     cell = min(3, h/10, w/10) # in pixels of the input
-    cols,rows = [max(1, min(n, int(32*steps.diff(dim=d).norm(dim=1).mean()/cell))) for n,d in zip(im.size, (3,2))]
+    def how_many(dim, most): return max(1, min(most, int(32*pixels.diff(dim=dim).norm(dim=1).mean()/cell))) # in 32 steps
+    cols,rows = how_many(3, im.width),how_many(2, im.height)
     grey = np.random.default_rng(0).permutation(np.arange(rows*cols)%4).reshape(rows, cols)
-    mark = Image.fromarray(np.array([16,96,160,240], dtype=np.uint8)[grey]).convert(im.mode).resize(im.size, NEAREST)
+    mark = Image.fromarray(_greys[grey]).convert(im.mode).resize(im.size, NEAREST)
     mark.info = dict(im.info) # which may tell a transform how to turn it
     return retain_type(mark, im),torch.from_numpy(grey)
 
 # %% ../../nbs/21_data.photo.ipynb #ph000017
-def _told(grey, seen): # how much of the variance of `seen` (channels, rows, columns) is told by the `grey` of its cells: 0 to 1, of the best channel
+def _told(grey, seen): # the share, 0 to 1, of the variance of `seen` (channels, rows, columns) that the `grey` of its cells explains
     there = seen[0].isfinite()
-    grey,seen = F.one_hot(grey[there], 4).float(),seen[:,there]
-    n = grey.sum(0)
+    is_grey = F.one_hot(grey[there], len(_greys)).float() # (cells, greys)
+    seen = seen[:,there] # (channels, cells)
+    n = is_grey.sum(0)
     if not n.all(): return 0.
-    least,most = [seen.kthvalue(math.ceil(q*len(grey)), 1, keepdim=True).values for q in (.1,.9)]
+    least,most = [seen.kthvalue(math.ceil(q*len(is_grey)), 1, keepdim=True).values for q in (.1,.9)]
     seen = seen.clamp(least, most)
     seen = seen-seen.mean(1, keepdim=True)
-    told = ((seen@grey)**2/n).sum(1)
-    return float((told/(seen**2).sum(1)).nan_to_num(0).max())
+    between = ((seen@is_grey)**2/n).sum(1) # the sum of squares between the greys, as in an analysis of variance
+    return float((between/(seen**2).sum(1)).nan_to_num(0).max()) # of the best channel
 
 # %% ../../nbs/21_data.photo.ipynb #ph000025
 def _open(dl, i): # the photo at place `i` in `dl.dataset`, a PIL image
@@ -106,20 +110,22 @@ def original(
 ) -> tuple: # The photo as it was opened, a PIL image; (1, 2, 33, 33): the x and y, in the model's input, of a lattice of points over it
     "Open photo `i`, and find where the transforms of `dl` took its points"
     if dl is None:
-        raise ValueError("on='original' needs the photos: pass load_heatmaps the DataLoader that they came from, such as learn.dls.valid")
+        raise ValueError("on='original' needs the photos: "
+                         "pass load_heatmaps the DataLoader that they came from, such as learn.dls.valid")
     im = _open(dl, i)
-    same_numbers = random_numbers()
+    same_random_numbers = random_numbers()
     x,grid = _send(dl, im)
-    if x.dim()!=4: raise ValueError(f"on='original' needs transforms that make one picture of a photo, not {tuple(x.shape)}: leave `on` out")
+    if x.dim()!=4:
+        raise ValueError(f"on='original' needs transforms that make one picture of a photo, not {tuple(x.shape)}: leave `on` out")
     mark,grey = _mark(im, grid, *x.shape[-2:])
     small = PIL.ImageOps.contain(im, (limit, limit)) if limit and max(im.size)>limit else None
     del im
-    same_numbers()
+    same_random_numbers()
     x,there = _send(dl, mark)
     del mark
     if _told(grey, on_photo(x[0], there, grey.shape))<.2:
-        raise ValueError("on='original' cannot tell where the points of a photo are in what the model saw: one of the transforms moves pictures "
-                         "but no points, or blurs them too much; give it an `encodes` for TensorPoint, or leave `on` out")
+        raise ValueError("on='original' cannot tell where the points of a photo are in what the model saw: one of the transforms "
+                         "moves pictures but no points, or blurs them too much; give it an `encodes` for TensorPoint, or leave `on` out")
     return small or _open(dl, i),grid
 
 # %% ../../nbs/21_data.photo.ipynb #ph000001
@@ -128,12 +134,14 @@ def original(
 def photo(self:Images, i, limit=None):
     "Open photo `i`, and find where its points are in what the model saw, as `original`"
     if self.input:
-        raise ValueError(f"on='original' follows the first of several pictures only, and these maps are of input {self.input}: leave `on` out")
+        raise ValueError("on='original' follows only the first of several pictures, "
+                         f"and these maps are of input {self.input}: leave `on` out")
     dl,place = self.dl,self.idxs[i]
     im,grid = original(dl, place, limit)
-    if not getattr(dl.dataset, 'split_idx', None):
+    is_training = not getattr(dl.dataset, 'split_idx', None)
+    if is_training:
         draws = [_send(dl, _open(dl, place))[1] for _ in range(9)]
         if not all(torch.allclose(o, grid, atol=1e-3) for o in draws):
-            raise ValueError("on='original' needs transforms that move a photo alike each time, and those of a training do not: "
-                             "pass dl=learn.dls.test_dl(items), or leave `on` out")
+            raise ValueError("on='original' needs transforms that move a photo in the same way each time, "
+                             "and those of a training set do not: pass dl=learn.dls.test_dl(items), or leave `on` out")
     return im,grid

@@ -51,7 +51,7 @@ def write_heatmaps(
     overwrite:bool=False, # Remove the heatmaps of another run?
     written:callable=noop # Called after each part with the place of its first image, and its `Heatmaps`
 ):
-    "Write the heatmaps of `images` part by part, as they are made; what is there of this run stays"
+    "Write the heatmaps of `images` part by part, as they are made; parts that are there stay"
     waiting = []
     def again(rows):
         res = []
@@ -74,16 +74,18 @@ def write_heatmaps(
 def is_own(
     f # Anything
 ) -> bool:
-    "Ask whether `f` is a function of this package, as it stands in its module"
-    module,name = str(getattr(f, '__module__', None)),str(getattr(f, '__qualname__', None))
+    "Ask whether `f` is a function of this package, as its module defines it"
+    module = str(getattr(f, '__module__', None))
+    name = str(getattr(f, '__qualname__', None))
     return module.startswith('fastai_heatmaps.') and f is getattr(sys.modules.get(module), name, None)
 
 def _check_named(run, method, score, options): # has the run a name, if it calls functions of the user's own?
-    calls = [heatmap_methods.get(method, method) if isinstance(method, str) else method, score, *filter(callable, options.values())]
-    for f in calls:
-        if run or f is None or is_own(f): continue
-        raise ValueError(f"{getattr(f, '__name__', f)!r} is a function of your own, and nothing tells whether it was edited between two runs: "
-                         "with out=, give this run a name, run='...', and another name after an edit")
+    if run: return
+    if isinstance(method, str): method = heatmap_methods.get(method, method)
+    for f in (method, score, *filter(callable, options.values())):
+        if f is None or is_own(f): continue
+        raise ValueError(f"{getattr(f, '__name__', f)!r} is a function of your own, and nothing tells whether it was edited "
+                         "between two runs: with out=, give this run a name, run='...', and another name after an edit")
 
 # %% ../../nbs/31_learner.core.ipynb #lc000005
 def _checked_classes(cls, n, has_labels, vocab): # `cls`, once it is clear that it fits `n` images and the `vocab`
@@ -104,7 +106,8 @@ def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=N
 ) -> tuple: # `Images`; `explain(images, rows, use)`, which hands the `Heatmaps` of each batch to `use`; `about()`, which gives `run_info`
     "Check the arguments of `get_heatmaps`, and prepare what it does"
     check_bs(bs)
-    f,vocab,twin = get_method(method, **options),output_names(learn),shadow(learn)
+    f = get_method(method, **options)
+    vocab,twin = output_names(learn),shadow(learn)
     if layer is not None and f.at_layer: layer = find_layers(twin.model, layer)
     images = to_images(twin.dls, items, ds_idx, dl, bs, vocab, input)
     cls = _checked_classes(cls, len(images), items is None or images.labels is not None, vocab)
@@ -130,7 +133,7 @@ def get_heatmaps(self:Learner,
     ds_idx:int=1, # Without `items` and `dl`: 0 = the training set, with the validation transforms; 1 = the validation set
     dl=None, # A DataLoader of your own; one that changes images at random is not shown as the model saw it
     bs:int=None, # Batch size, also of changed images; None = that of the DataLoaders, and 64 changed images, or 16 on a CPU
-    out=None, # A folder to write the heatmaps into as they are made; the same run goes on from there, if a few images come out as they were
+    out=None, # A folder to write the heatmaps into as they are made; the same run goes on there, if a few images come out as they did
     dtype=torch.float32, # Of the maps; torch.float16 takes half the memory
     score=None, # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
     run:str=None, # A name for this run; needed with `out` where method or score is a function of your own
@@ -138,7 +141,8 @@ def get_heatmaps(self:Learner,
     **options # Of the method, such as `n` for 'rise'
 ) -> Heatmaps:
     "Explain many images, by the CAM methods at the cost of their predictions"
-    images,explain,about = plan_heatmaps(self, items, cls, method, layer, relu, topk, ds_idx, dl, bs, dtype, score, run, input, **options)
+    images,explain,about = plan_heatmaps(self, items, cls, method, layer, relu, topk, ds_idx, dl, bs, dtype, score,
+                                         run, input, **options)
     if out is None:
         parts = []
         explain(images, slice(None), parts.append)

@@ -15,34 +15,40 @@ from ..data.images import Images, OpenImage, image_dl, input_list
 from contextlib import ExitStack
 from copy import copy
 from io import BytesIO
+from traceback import walk_stack
 from types import FunctionType, MethodType, ModuleType
 import pickle,sys
 
 # %% ../../nbs/30_learner.run.ipynb #cd680ad4
-_events = ('before_batch', 'after_pred', 'after_loss') # in which users' own callbacks take part
+_events = 'before_batch','after_pred','after_loss' # in which users' own callbacks take part
 _shared = (Learner, DataLoaders, DataLoader, torch.utils.data.DataLoader, torch.utils.data.Dataset, TfmdLists, Datasets,
            Optimizer, OptimWrapper, torch.optim.Optimizer, torch.jit.ScriptModule, np.memmap, plt.Artist, BaseException,
            type, ModuleType, FunctionType) # these are never copied
 
-def _set_state(o, state): # as `pickle` does, but without asking `o` itself, whose `__getattr__` may not be ready
+def _set_state(o, state): # as `pickle` does, but without asking `o` for `__setstate__`: its `__getattr__` may not be ready
     if hasattr(type(o), '__setstate__'): return o.__setstate__(state)
     attrs,slots = state if isinstance(state, tuple) else (state,None)
     if attrs: vars(o).update(attrs)
     for k,v in (slots or {}).items(): object.__setattr__(o, k, v)
 
 class _Copier(pickle.Pickler):
-    "Copy an object and all that it holds, but what is `known` (id -> what takes its place) or of a type in `shared`"
-    def __init__(self, known, shared):
+    "Copy an object and all that it holds, by pickling it; what is not copied is pickled as its place in a list, `places`"
+    def __init__(self,
+        known, # id of an object -> what takes its place
+        shared # Types of which nothing is copied
+    ):
         self.file = BytesIO()
         super().__init__(self.file, protocol=5)
-        self.known,self.shared,self.kept,self.places = dict(known),shared,[],[]
+        self.known,self.shared = dict(known),shared
+        self.places = []
+        self.kept = []
 
     def keep(self, o, res): # let `res` take the place of `o`
         self.known[id(o)] = res
         self.kept.append(o) # so that nothing else gets its id
         return res
 
-    def persistent_id(self, o): # where in `places` that is which takes the place of `o`; None = it is copied
+    def persistent_id(self, o): # asked by `pickle` for each object; None = it is pickled, and so copied
         if type(o) in (int, float, bool, str, bytes, type(None)): return
         if id(o) in self.known: res = self.known[id(o)]
         elif isinstance(o, self.shared): res = o
@@ -51,16 +57,17 @@ class _Copier(pickle.Pickler):
         self.places.append(res)
         return len(self.places)-1
 
-    def tensor(self, o):
+    def tensor(self, o): # a copy without graph
         res = o.detach().clone()
         return nn.Parameter(res, o.requires_grad) if isinstance(o, nn.Parameter) else res.requires_grad_(o.requires_grad)
 
-    def reducer_override(self, o):
+    def reducer_override(self, o): # asked by `pickle` how to make `o` anew: a function, its arguments, and a state
         if isinstance(o, MethodType): return MethodType,(o.__func__, o.__self__)
         try: res = o.__reduce_ex__(5)
         except Exception: res = ''
         if isinstance(res, str): return noop,(self.keep(o, o),) # it is known by its name, or cannot be copied
-        return res if len(res)<3 or res[2] is None else (*res, None, None)[:5] + (_set_state,)
+        has_state = len(res)>2 and res[2] is not None
+        return (*res, None, None)[:5] + (_set_state,) if has_state else res
 
     def __call__(self, o):
         with torch.inference_mode(False), torch.no_grad(): self.dump(o)
@@ -72,31 +79,32 @@ class _Copier(pickle.Pickler):
 # %% ../../nbs/30_learner.run.ipynb #rn000020
 def _state(cb): # what `cb` holds, also the lists and tensors of its class
     kinds = [c for c in reversed(type(cb).__mro__) if not c.__module__.startswith(('fastai.', 'fastcore.', 'builtins'))]
-    return {k:v for c in kinds for k,v in vars(c).items() if k[:2]!='__' and isinstance(v, (list, dict, set, Tensor, np.ndarray))} | vars(cb)
+    def is_held(k, v): return k[:2]!='__' and isinstance(v, (list, dict, set, Tensor, np.ndarray))
+    return {k:v for c in kinds for k,v in vars(c).items() if is_held(k, v)} | vars(cb)
 
 def _origin(cb): return vars(cb).get('copy_of', cb)
 
 def _copy_callbacks(cbs, learn, run): # for `run`, the shadow of `learn`
-    copies,origins,model = [copy(cb) for cb in cbs],[_origin(cb) for cb in cbs],learn.model
+    copies,origins = [copy(cb) for cb in cbs],[_origin(cb) for cb in cbs]
+    model = learn.model
     known = {id(o):o for o in (*model.modules(), *model.parameters(), *model.buffers(), *learn.metrics, learn.loss_func, *origins)}
-    known.update({id(learn):run, **{id(cb):o for cb,o in zip(cbs, copies)}})
-    acts = [any(hasattr(cb, e) for e in _events) for cb in cbs]
-    for act,shared in ((True, _shared), (False, (*_shared, nn.Module, Tensor, np.ndarray))):
-        group = [(cb,o) for cb,o,a in zip(cbs, copies, acts) if a is act]
-        for (_,o),state in zip(group, _Copier(known, shared)([_state(cb) for cb,_ in group])): vars(o).update(state)
+    known[id(learn)] = run
+    known.update({id(cb):o for cb,o in zip(cbs, copies)})
+    def fill(is_acting, shared): # the copies of the callbacks that act in our events, or of those that do not
+        group = [(cb,o) for cb,o in zip(cbs, copies) if any(hasattr(cb, e) for e in _events) is is_acting]
+        states = _Copier(known, shared)([_state(cb) for cb,_ in group]) # together, since they may share what they hold
+        for (_,o),state in zip(group, states): vars(o).update(state)
+    fill(True, _shared)
+    fill(False, (*_shared, nn.Module, Tensor, np.ndarray))
     for o,origin in zip(copies, origins):
         vars(o)['copy_of'] = origin
         if isinstance(o, ProgressCallback): o.mbar = None # which may belong to a training in progress
     return copies
 
 # %% ../../nbs/30_learner.run.ipynb #rn000022
-def _at_work(): # the callbacks that this thread is in the midst of; for copies, what they are copies of
-    frame,res = sys._getframe(),[]
-    while frame is not None:
-        if frame.f_code is Callback.__call__.__code__:
-            res.append(_origin(frame.f_locals['self']))
-        frame = frame.f_back
-    return res
+def _at_work(): # the callbacks that are being called on this thread; for copies, what they are copies of
+    calls = (f for f,_ in walk_stack(sys._getframe()) if f.f_code is Callback.__call__.__code__)
+    return [_origin(f.f_locals['self']) for f in calls]
 
 # %% ../../nbs/30_learner.run.ipynb #rn000024
 _cancels = (CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException,
@@ -110,8 +118,8 @@ def _call(cb, event_name): # as the Learner does
     try: cb(event_name)
     except _cancels as e:
         if event_name=='after_loss' and isinstance(e, CancelBatchException): raise # our part of the batch is done
-        raise ValueError(f"the callback {type(cb).__name__} raised {type(e).__name__} in {event_name}, so that images have no heatmap: "
-                         "remove it, or let it act in training only, by run_valid=False") from None
+        raise ValueError(f"the callback {type(cb).__name__} raised {type(e).__name__} in {event_name}, so that images have no "
+                         "heatmap: remove it, or let it act in training only, by run_valid=False") from None
 
 # %% ../../nbs/30_learner.run.ipynb #rn000016
 def _plain_dls(dls): # the DataLoaders without the wrapping of fastai's `distrib_ctx`

@@ -39,7 +39,8 @@ def show_heatmap(self:Learner,
 ): # The Axes, or an array of them for several classes
     "Show why the model sees `cls` in `img`, by any method"
     if isinstance(img, (list, L)):
-        raise ValueError("expected one image, or an item of several as a tuple; for a list of them use plot_heatmap_grid or get_heatmaps")
+        raise ValueError("expected one image, or an item of several as a tuple; "
+                         "for a list of them use plot_heatmap_grid or get_heatmaps")
     looks,options = split_kwargs(kwargs, Heatmaps.show)
     return self.get_heatmaps([img], cls, method, layer, relu, topk, input=input, **options).show(**looks)
 

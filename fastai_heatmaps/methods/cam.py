@@ -74,7 +74,7 @@ def xgradcam(
 def patterns(
     o:Tensor # (n, C, h, w)
 ) -> Tensor: # (n, m, h, w), the strongest first; NaN where values of `o` are not finite
-    "Project the cells of `o`, each with `C` values, on the right singular vectors, signed so that each map agrees with the sum over `C`"
+    "Project the cells of `o` on its right singular vectors, signed so that each map agrees with the sum over `C`"
     O = o.flatten(2).transpose(1,2)
     finite = O.isfinite().all(2, keepdim=True).all(1, keepdim=True)
     U,S,V = torch.linalg.svd(torch.where(finite, O, 0), full_matrices=False)
@@ -95,7 +95,7 @@ def eigengradcam(
     acts:Tensor, # Activations (n, C, h, w)
     grads:Tensor # `∂y/∂A`, of the same shape
 ) -> Tensor: # (n, h, w)
-    "`O v_m` as in Eigen-CAM, of `g ⊙ A` instead of `A`, `m` the first pattern not against a class that `Σ g A` is for: EigenGrad-CAM (Gildenblat et al. 2021, pytorch-grad-cam)"
+    "`O v_m` as in Eigen-CAM, of `g ⊙ A`; `m` is 1, or the first that is for the class if `Σ g A` is: EigenGrad-CAM (Gildenblat et al. 2021, pytorch-grad-cam)"
     evidence = grads*acts
     maps = patterns(evidence)
     speaks = maps.amax((2,3)) > 1e-5*maps.abs().amax((2,3)) # more than by rounding: (n, m)

@@ -116,7 +116,8 @@ def layer_gradients(
     x:Tensor # A changed batch (n, C, H, W)
 ) -> Tensor: # (k, n, C, h, w)
     "Give the gradients of each class explained with respect to the layer, for a changed batch"
-    with torch.no_grad(), leaf_hooks([probe.hook.m], parts=[probe.hook.part]) as (h,): picked = probe.picked(changed_scores(probe, x))
+    with torch.no_grad(), leaf_hooks([probe.hook.m], parts=[probe.hook.part]) as (h,):
+        picked = probe.picked(changed_scores(probe, x))
     return torch.stack([probe.map(g).float() for g, in each_gradient(picked, [h.stored])])
 
 # %% ../../nbs/10_methods.changed.ipynb #ch000016
@@ -154,5 +155,5 @@ def rounds(
     bs = bs or probe.bs
     parts = [slice(start, min(start+bs, m)) for start in range(0, m, bs)]
     res = [(i,part) for i in (range(len(probe.x)) if only is None else [only]) for part in parts]
-    within = only is not None and len(probe.x)>1 # a bar for all images, which may be there, is enough
+    within = only is not None and len(probe.x)>1 # there may be a bar for all images already
     return progress_bar(res, leave=False) if probe.bar and len(res)>1 and not within else res

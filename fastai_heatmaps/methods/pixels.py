@@ -177,9 +177,11 @@ def part_maps(
     points:int # In each part
 ) -> Tensor: # (k, parts, H, W)
     "Give what each part of the way adds to the map"
-    x,(start,stop) = probe.x[i].float(),torch.tensor(ends, dtype=torch.double).T[...,None]
+    x = probe.x[i].float()
+    start,stop = torch.tensor(ends, dtype=torch.double).T[...,None]
     at,weight = map(torch.tensor, quadrature(points))
-    at,weight = (start+(stop-start)*at).flatten(),torch.block_diag(*(stop-start)*weight).to(x) # weight: (parts, points of all)
+    at = (start+(stop-start)*at).flatten()
+    weight = torch.block_diag(*(stop-start)*weight).to(x) # (parts, points of all)
     res = 0
     for _,s in rounds(probe, len(at), max(1, probe.bs//2), only=i):
         g = input_gradients(probe, on_the_way(x, b, at[s]), i)
@@ -197,7 +199,9 @@ def way_parts(
 ) -> list: # `(start, stop, map, off)` of each part: its map (k, H, W), and what its sum is off by (k,)
     "Integrate the gradients over parts of the way from `b` to image `i`"
     new = sorted({o for e in ends for o in e}-set(y))
-    for _,s in rounds(probe, len(new), only=i): y.update(zip(new[s], ask(probe, on_the_way(probe.x[i].float(), b, new[s]), i)))
+    for _,s in rounds(probe, len(new), only=i):
+        scores = ask(probe, on_the_way(probe.x[i].float(), b, new[s]), i)
+        y.update(zip(new[s], scores))
     maps = part_maps(probe, i, b, ends, points).unbind(1)
     return [(start, stop, m, m.sum((1,2)) - (y[stop]-y[start])) for (start,stop),m in zip(ends, maps)]
 
@@ -231,13 +235,15 @@ def integral(
     steps:int=None # How many points; None = as many as each class takes
 ) -> tuple: # The map (k, H, W), the scores (k,) of the baseline, how many points were taken
     "Integrate the gradients over the way from `b` to image `i`"
-    n,points,y = (10,5,{}) if steps is None else (1,steps,{})
+    y = {}
+    n,points = (10,5) if steps is None else (1,steps)
     parts = way_parts(probe, i, b, [(j/n,(j+1)/n) for j in range(n)], points, y)
     if steps is not None: return parts[0][2],y[0],steps
     maps,taken = [],[]
     for j in range(probe.idxs.shape[1]):
+        one_class = Probe(probe.ran, probe.idxs[:,[j]])
         mine = [(start, stop, m[[j]], off[[j]]) for start,stop,m,off in parts]
-        mine,t = refined(Probe(probe.ran, probe.idxs[:,[j]]), i, b, mine, points, {at:o[[j]] for at,o in y.items()})
+        mine,t = refined(one_class, i, b, mine, points, {at:o[[j]] for at,o in y.items()})
         maps.append(sum(m for _,_,m,_ in mine))
         taken.append(t)
     return torch.cat(maps),y[0],max(taken)
