@@ -11,7 +11,7 @@ from fastai.basics import *
 from fastai.callback.hook import Hook
 from functools import wraps
 from torch.overrides import TorchFunctionMode
-import gc,inspect,operator,sys,sysconfig,threading,traceback
+import inspect,operator,sys,threading,traceback
 
 # %% ../../nbs/00_core.no_trace.ipynb #b62420ec
 _local = threading.local() # its `undo` lists what the call in progress on this thread has yet to put back
@@ -68,20 +68,14 @@ def _unlock(): # if an interrupt kept this thread from doing so
     except RuntimeError: pass # this thread does not hold it, or no longer
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000014
-_installed = tuple({os.path.realpath(sysconfig.get_path(o)) for o in ('stdlib', 'purelib', 'platlib')})
+_waiting = {'threading', 'ipykernel', 'IPython', 'jupyter_client', 'zmq', 'tornado', 'tqdm', 'execnet', 'debugpy', '_pydevd_bundle'}
 
-def _is_at_work(frame): # may the thread that is there draw random numbers?
-    waits = os.path.realpath(frame.f_code.co_filename).startswith(_installed) # otherwise it runs code of the user's own
-    packages = {f.f_globals.get('__name__', '').partition('.')[0] for f,_ in traceback.walk_stack(frame)}
-    return not waits or not packages.isdisjoint(('torch', 'fastai', 'numpy', 'random'))
+def _waits(thread): # is it one of those that Jupyter and the like keep in the background?
+    does = getattr(thread, '_target', None) or type(thread)
+    return thread.daemon and getattr(does, '__module__', '').partition('.')[0] in _waiting
 
-def _frames(): # thread -> where it is; some Pythons, such as 3.11.7, may stand still if they collect garbage meanwhile (gh-106883)
-    calls = (gc.disable, sys._current_frames, gc.enable) if gc.isenabled() else (sys._current_frames,)
-    res = list(map(operator.methodcaller('__call__'), calls)) # in C, so that no interrupt and no other thread comes between
-    return res[len(calls)//2]
-
-def _is_alone(): # is no other thread at work in this process?
-    return not any(_is_at_work(f) for i,f in _frames().items() if i!=threading.get_ident())
+def _is_alone(): # can no other thread draw random numbers?
+    return all(t is threading.current_thread() or _waits(t) for t in threading.enumerate())
 
 def random_numbers():
     "Note the states of the random number generators of Python, NumPy and torch; return a function that puts them back"
