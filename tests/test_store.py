@@ -263,7 +263,7 @@ def test_pictures_of_the_users_own_stay(learn, pics, tmp_path):
         (tmp_path/'manifest.csv').unlink()
         (tmp_path/row['heatmap']).write_bytes(mine)
         before = contents(tmp_path)
-        with pytest.raises(FileExistsError, match='was not drawn by this package') as e: hm.save(tmp_path, overwrite=True)
+        with pytest.raises(FileExistsError, match='no picture that this package drew') as e: hm.save(tmp_path, overwrite=True)
         assert contents(tmp_path)==before and '\n' not in str(e.value)
         (tmp_path/row['heatmap']).unlink()
         hm.save(tmp_path, overwrite=True)
