@@ -5,7 +5,7 @@ from fastai_heatmaps.cli import demo as cli_demo
 from fastai_heatmaps.cli.main import main
 from fastai_heatmaps.core.passes import recordable
 from fastai_heatmaps.data import store
-from fastai_heatmaps.data.files import is_drawn
+from fastai_heatmaps.data.drawn import is_drawn
 from fastai_heatmaps.views import compare
 from fastai_heatmaps.views.explore import Passes
 

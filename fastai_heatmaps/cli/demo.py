@@ -58,7 +58,8 @@ def demo(
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    from fastai_heatmaps.data.files import is_drawn, marked_exif
+    from fastai_heatmaps.data.drawn import is_drawn
+    from fastai_heatmaps.data.files import marked_exif
     out,pictures = Path(out),list(demo_pictures())
     page,done = out/'index.html',{}
     for o in (page, *[out/f'{name}.png' for name,_,_ in pictures]):

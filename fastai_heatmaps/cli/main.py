@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 from .. import __version__
+from ..data.drawn import drawn_by, is_drawn
 from .files import UsageError, hush, tell, find_images, readable
 from .models import open_learner
 from .demo import demo
@@ -139,7 +140,7 @@ def _draw_grid(hm, files, out): # as one picture, each image with the name of it
     out.parent.mkdir(parents=True, exist_ok=True)
     fig = axs.flat[0].figure
     kind = out.suffix[1:].lower()
-    if kind in ('pdf', 'svg'): mark = dict(metadata={'Creator': f'fastai_heatmaps {__version__}'})
+    if kind in ('pdf', 'svg'): mark = dict(metadata={'Creator': drawn_by})
     else: mark = dict(pil_kwargs={'exif': marked_exif()})
     with whole_file(out) as tmp: fig.savefig(tmp, format=kind, dpi=110, bbox_inches='tight', **mark)
     plt.close(fig)
@@ -148,7 +149,6 @@ def _draw_grid(hm, files, out): # as one picture, each image with the name of it
 def _check_file(out, overwrite): # may the grid be written there?
     if not out.exists(): return
     if not overwrite: raise FileExistsError(f"{str(out)!r} exists: choose another name, or add --overwrite")
-    from fastai_heatmaps.data.files import is_drawn
     if not is_drawn(out): raise FileExistsError(f"{str(out)!r} is no picture that this package drew, and is left as it is: choose another name")
 
 # %% ../../nbs/73_cli.main.ipynb #c1000027

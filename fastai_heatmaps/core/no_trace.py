@@ -43,7 +43,8 @@ def thread_modes():
     "Note torch's modes on this thread: autograd, autocast and function modes; return a function that puts them back"
     grad,modes = torch.is_grad_enabled(),_modes()
     casts = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in ('cpu', 'cuda', 'mps')]
-    _,depth = torch.autocast_increment_nesting(),torch.autocast_decrement_nesting() # of autocast contexts: one line, so that nothing comes between
+    # how deep autocast contexts are nested, in one line, so that no interrupt comes between the two calls
+    _,depth = torch.autocast_increment_nesting(),torch.autocast_decrement_nesting()
     def restore():
         torch.set_grad_enabled(grad)
         if _modes()!=modes:
