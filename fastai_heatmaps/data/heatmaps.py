@@ -34,13 +34,15 @@ class Heatmaps:
         thresh:float=.5, # Probability above which a class of a multi-label task is predicted
         info:dict=None, # What the method reports, name -> (n, k), such as the completeness of integrated gradients
         method:str='', # What made the maps
-        layer:str='' # Names of the layers that the maps are of, with commas between them; '' if the method looks at no layer
+        layer:str='', # Names of the layers that the maps are of, with commas between them; '' if the method looks at no layer
+        learn=None # The Learner that answered, so that it can be asked again; not pickled
     ):
         store_attr()
         self.info = info or {}
         if images is None: self.images = Images(idxs=range_of(maps), names=[f'image{i}' for i in range_of(maps)])
 
     def __len__(self): return len(self.maps)
+    def __getstate__(self): return {**vars(self), 'learn': None} # so that a pickle holds no model
 
     def __repr__(self):
         shape = tuple(self.maps.shape) if isinstance(self.maps, Tensor) else f'{len(self)} maps of several sizes'
