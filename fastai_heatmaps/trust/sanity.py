@@ -145,7 +145,7 @@ def each_stage(
     before = explain_by(run, images, methods, layer, cls=cls, **kwargs)
     use('', before, before)
     plan,done = model_stages(run, images, stages),[]
-    bar = shows_bars(run) and len(images.dl)>1
+    bar = shows_bars(run)
     with copied_model(run), run.no_bar():
         for stage,names in progress_bar(list(plan.items()), leave=False) if bar else plan.items():
             modules = [run.model.get_submodule(n) for n in names]
@@ -334,10 +334,9 @@ def says_rise(
 ) -> str: # A sentence
     "Say whether the maps of a random model are more complex"
     mean,error = mean_error(rise)
-    said = f"{mean:+.0%}" + ('' if np.isnan(error) else f' ± {error:.0%}')
-    if mean>2*error: return f"`{name}`: the maps of a random model are more complex ({said}), as they should be if maps show what was learned."
-    if mean<-2*error: return f"`{name}`: the maps of a random model are less complex ({said}), which speaks against the method."
-    return f"`{name}`: the maps of a random model are about as complex ({said}), so this test says nothing."
+    if np.isnan(mean): return f"Nothing can be said of `{name}`: its maps are flat."
+    how = 'more complex' if mean>2*error else 'less complex' if mean<-2*error else 'about as complex'
+    return f"`{name}`: the maps of a random model are {how} ({mean:+.0%}" + ('' if np.isnan(error) else f' ± {error:.0%}') + ').'
 
 def _rise_findings(found, draw, photos): # `found`: method -> 'as it is' and 'all' -> complexity (n, k)
     rows,rises = [],{}
@@ -347,6 +346,7 @@ def _rise_findings(found, draw, photos): # `found`: method -> 'as it is' and 'al
         (b,be),(a,ae),(r,re) = map(mean_error, (before, after, rises[m]))
         rows.append(dict(method=m, before=b, before_error=be, after=a, after_error=ae, rise=r, rise_error=re, flat=int((before==0).sum())))
     words = ' '.join(says_rise(m, r) for m,r in rises.items())
+    words += " Those of a method that shows what was learned should be more complex, but so may be those of others."
     curves = {m:{s:mean_error(v) for s,v in of.items()} for m,of in found.items()}
     return Findings(pd.DataFrame(rows), words+photos, rises, partial(draw, curves=curves, label='entropy'))
 
@@ -381,7 +381,7 @@ def sanity_check(self:Learner,
     pictures,ranks,ssims,entropies = [{m:{} for m in methods} for _ in range(4)]
     def use(stage, hms, before):
         for m,hm,b in zip(methods, hms, before):
-            pictures[m][stage or as_it_is] = hm.maps[0][0]
+            pictures[m][stage or as_it_is] = hm.maps[0][0].clone() # which would keep all of them alive else
             if efficient: entropies[m][stage or as_it_is] = complexity(hm.maps)
             else:
                 maps,key = (hm.maps,stage) if stage else (_of_others(b.maps),other_photo)
