@@ -2,6 +2,7 @@
 import pickle, weakref
 import scipy.stats
 from conftest import *
+from test_interrupts import try_lines
 from fastai_heatmaps.core.method import get_method
 from fastai_heatmaps.data.images import to_images
 from fastai_heatmaps.learner.run import shadow
@@ -117,6 +118,21 @@ def test_nothing_is_left(tiny):
         check()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('labels', [False, True])
+def test_interrupts(tiny, labels):
+    "Ctrl-C at any line, also while the copy is trained"
+    left,total = try_lines(lambda: tiny.sanity_check(n=2, stages=2, labels=labels, epochs=1), tiny.model, tiny, n=20, seed=labels)
+    assert not left and total>1000
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_without_grad(tiny, mode):
+    kwargs = dict(method=['gradcam', 'saliency'], stages=2, labels=True, epochs=1, relu=False)
+    want = tiny.sanity_check(**kwargs)
+    with mode(): assert tiny.sanity_check(**kwargs).table.equals(want.table)
+
+
 def test_seed(tiny):
     before = torch.get_rng_state(),np.random.get_state()[1].copy(),random.getstate()
     a,b,c = [tiny.sanity_check(method='gradcam', n=4, stages=2, seed=s, relu=False) for s in (1, 1, 2)]
@@ -205,7 +221,7 @@ def test_efficient(tiny):
     res = tiny.sanity_check(method=[step, edges], efficient=True)
     t = res.table.set_index('method')
     np.testing.assert_allclose(t.loc['step', ['before', 'after', 'rise']].astype(float), [np.log(2), np.log(4), 1], rtol=1e-5)
-    assert t.loc['edges', 'rise']==0 and 'says nothing' in res.words and '`step`: the maps of a random model are more complex (+100% ± 0%)' in res.words
+    assert t.loc['edges', 'rise']==0 and '`edges`: the maps of a random model are about as complex' in res.words and '`step`: the maps of a random model are more complex (+100% ± 0%)' in res.words
 
 
 def test_flat_maps_are_counted(tiny):
@@ -268,6 +284,17 @@ def test_other_tasks(pics, block, y, c, loss):
     learn = Learner(dblock.dataloaders(pics, bs=4, num_workers=0, device='cpu'), Tiny(c), loss_func=loss)
     res = learn.sanity_check(stages=2, cls=0)
     assert [*res['stage']]==['head', 'all', 'another photo'] and res.each['gradcam, head'].shape==(6,1)
+
+
+def test_score(tiny):
+    "A model whose output is no tensor of scores"
+    class Odd(Tiny):
+        def forward(self, x): return dict(logits=super().forward(x))
+    odd = Learner(tiny.dls, Odd())
+    odd.model.load_state_dict(tiny.model.state_dict())
+    odd.loss_func = lambda p,y: F.cross_entropy(p['logits'], y)
+    res = odd.sanity_check(stages=2, score=itemgetter('logits'))
+    assert res.table.equals(tiny.sanity_check(stages=2).table)
 
 
 def test_segmentation(pics):

@@ -14,27 +14,28 @@ from ..core.layers import as_map
 from ..core.targets import is_per_image
 from ..core.method import get_method
 from ..data.images import to_images, own_dl
-from ..data.draw import color_scale, show_overlay
+from ..data.draw import show_overlay
 from ..learner.run import shadow, shows_bars, output_names, run_passes
 from ..learner.core import explain_by
 from .findings import Findings, rank_correlation, ssim, mean_error
 from fastprogress.fastprogress import progress_bar
 from contextlib import nullcontext
 from copy import copy, deepcopy
-import gc,textwrap,warnings
+import gc,warnings
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000006
 def _unwatched(model, *xb): return nullcontext([])
 
 def running_order(
     run:Learner, # As from `shadow`
-    images # `Images`, of which the first is used
+    images, # `Images`, of which the first is used
+    score=None # As for `run_passes`
 ) -> tuple: # Names of the layers with weights of their own, in the order in which they run; how many of them are the head
     "Note how a photo goes through the model"
     names,shapes,xs = {m:n for n,m in run.model.named_modules()},{},[]
     def record(m, i, o):
         if m in names and m is not run.model: shapes.setdefault(names[m], o.shape if isinstance(o, Tensor) else ())
-    with every_output(record): run_passes(run, images.part([0]), _unwatched, lambda ran: xs.append(ran.x))
+    with every_output(record): run_passes(run, images.part([0]), _unwatched, lambda ran: xs.append(ran.x), score=score)
     is_map = [s[:1]==(1,) and as_map(torch.empty(s, device='meta'), xs[0]) is not None for s in shapes.values()]
     after = len(is_map)-is_map[::-1].index(True) if any(is_map) else 0
     def parts(ns): return [n for n in ns if any(True for _ in run.model.get_submodule(n).parameters(recurse=False))]
@@ -56,10 +57,11 @@ def _cuts(order, n): # where to cut `order` into `n` groups, or fewer
 def model_stages(
     run:Learner, # As from `shadow`
     images, # `Images`, of which the first is used
-    n:int=5 # How many stages: the head, and `n - 1` groups of the body; 1 = all at once. A small model has fewer
+    n:int=5, # How many stages: the head, and `n - 1` groups of the body; 1 = all at once. A small model has fewer
+    score=None # As for `run_passes`
 ) -> dict: # What a stage is called -> names of the layers that get random weights in it
     "Plan in which order the parts of the model get random weights: from the head down"
-    order,head = running_order(run, images)
+    order,head = running_order(run, images, score)
     body = order[:-head]
     everything = [m for m,_ in run.model.named_modules()] # what did not run, too
     if n==1 or not body: return {'all': everything}
@@ -81,7 +83,8 @@ def redraw(
     knows_how = hasattr(m, 'reset_parameters')
     if knows_how and all(p.ndim<2 for p in params): return m.reset_parameters() # a norm layer
     for p in params:
-        mean,std = (0, (2/p[0].numel())**.5 if p.ndim>1 else 0) if knows_how else (p.data.mean().item(), p.data.std(correction=0).item())
+        if knows_how: mean,std = 0,((2/p[0].numel())**.5 if p.ndim>1 else 0)
+        else: mean,std = p.data.mean().item(),p.data.std(correction=0).item()
         p.data.copy_(mean + std*torch.randn(p.shape, generator=gen))
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000015
@@ -97,14 +100,15 @@ def _pool(m, x, counts): # let the statistics of the BatchNorm `m` be those of a
 def measure_norms(
     run:Learner, # As from `shadow`
     images, # `Images`
-    modules:list # Of its model; those that keep statistics are measured
+    modules:list, # Of its model; those that keep statistics are measured
+    score=None # As for `run_passes`
 ):
     "Measure the statistics of BatchNorm layers on `images`, in one pass"
     norms = [m for m in modules if isinstance(getattr(m, 'running_mean', None), Tensor)]
     if not norms: return
     counts = {}
     hooks = [m.register_forward_pre_hook(lambda m, i: _pool(m, i[0], counts)) for m in norms]
-    run_passes(run, images, _unwatched, noop)
+    run_passes(run, images, _unwatched, noop, score=score)
     for h in hooks: h.remove()
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000018
@@ -116,10 +120,11 @@ def copied_model(
     own = run.model
     def put_back(): run.model = own
     with restoring(put_back):
-        try: run.model = deepcopy(own)
+        try:
+            with torch.inference_mode(False): run.model = deepcopy(own)
         except Exception as e:
             reason = ' '.join(str(e).split())
-            raise ValueError(f"this {own._get_name()} cannot be copied ({reason}), and it is not changed itself: make it copyable by deepcopy") from None
+            raise ValueError(f"this {own._get_name()} cannot be copied ({reason}): make it copyable by deepcopy") from None
         yield
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000020
@@ -133,25 +138,27 @@ def each_stage(
     run:Learner, # As from `shadow`; its model is as it was afterwards
     images, # `Images`
     methods:list, # of `Method`s
-    use:callable, # Called for each stage with its name and the `Heatmaps` of each method, a list, and those before; first with '' and the latter twice
+    use:callable, # Called with each stage's name, its `Heatmaps`, one for each method, and those of the model as it is, called ''
     layer=None, # As for `find_layers`; that of the model as it is stays
     cls=None, # As for `class_indices`; those of the model as it is stay
     stages:int=5, # As for `model_stages`
     seed:int=0, # Of the random weights
+    score=None, # As for `run_passes`
     **kwargs # For `explain_by`
 ) -> list: # The `Heatmaps` of each method, of the model as it is
     "Explain `images` by the model as it is, and by a copy of it that gets random weights from the head down"
     gen = torch.Generator().manual_seed(seed)
+    kwargs['score'] = score
     before = explain_by(run, images, methods, layer, cls=cls, **kwargs)
     use('', before, before)
-    plan,done = model_stages(run, images, stages),[]
+    plan,done = model_stages(run, images, stages, score),[]
     bar = shows_bars(run)
     with copied_model(run), run.no_bar():
         for stage,names in progress_bar(list(plan.items()), leave=False) if bar else plan.items():
             modules = [run.model.get_submodule(n) for n in names]
             for m in modules: redraw(m, gen)
             done += modules
-            measure_norms(run, images, done)
+            measure_norms(run, images, done, score)
             use(stage, _again(run, images, methods, before, **kwargs), before)
     return before
 
@@ -198,9 +205,9 @@ def complexity(
 def _shuffled_dl(dls, seed): # the training set, each image with the label of another
     dl = getattr(dls, 'train', None)
     ds = getattr(dl, 'dataset', None)
-    if not isinstance(ds, Datasets) or len(ds)<2 or len(ds.tls)<=ds.n_inp:
-        raise ValueError("labels=True trains a copy of the model on its training set with shuffled labels, and this Learner has none "
-                         "with labels (an exported one never has): leave labels out")
+    if not isinstance(ds, Datasets) or len(ds)<2 or len(ds.tls)<=ds.n_inp or not len(dl):
+        raise ValueError("labels=True trains a copy of the model on its training set with shuffled labels, and this Learner has "
+                         "none (an exported one never has): leave labels out")
     order = np.random.default_rng(seed).permutation(len(ds)).tolist()
     def shuffled(tl):
         res = copy(tl)
@@ -211,18 +218,20 @@ def _shuffled_dl(dls, seed): # the training set, each image with the label of an
 class _NoValidation(Callback):
     def before_validate(self): raise CancelValidException()
 
-def _train_shuffled(learn, run, images, epochs, seed): # the model of `run`, a copy; returns the loss of its first and its last batches
+def _train_shuffled(learn, run, images, epochs, seed, score): # the model of `run`; returns the first and the last loss
     dl = _shuffled_dl(learn.dls, seed)
-    head = list(model_stages(run, images, 2).values())[0]
+    head = first(model_stages(run, images, 2, score).values())
     gen = torch.Generator().manual_seed(seed)
     for n in head: redraw(run.model.get_submodule(n), gen)
     set_seed(seed)
     twin = Learner(DataLoaders(dl, dl), run.model, learn.loss_func, learn.opt_func, learn.lr, learn.splitter, cbs=_NoValidation,
                    wd=learn.wd, wd_bn_bias=learn.wd_bn_bias, train_bn=learn.train_bn, moms=learn.moms)
-    with twin.no_logging(), nullcontext() if shows_bars(learn) else twin.no_bar(): twin.fit_one_cycle(epochs, learn.lr)
-    losses = torch.stack(twin.recorder.losses) if isinstance(twin.recorder.losses[0], Tensor) else tensor(twin.recorder.losses)
+    bar = nullcontext() if shows_bars(learn) else twin.no_bar()
+    with torch.inference_mode(False), torch.enable_grad(), twin.no_logging(), bar:
+        twin.fit_one_cycle(epochs, learn.lr)
     run.model.eval()
-    return losses[0].item(),losses[-1].item()
+    losses = twin.recorder.losses
+    return float(losses[0]),float(losses[-1])
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000029
 def _number(r, error=False): # a mean as text, with its error
@@ -242,12 +251,13 @@ def says_sanity(
     alike,error = mean_error(known[most])
     said = f"random weights {where[most]} (rank correlation {_number(known[most], True)})"
     each = ', '.join(f'{where[k]} {_number(v, True)}' for k,v in known.items())
-    unsure = f"It takes more photos to say whether `{name}` depends on what was learned (rank correlation with random weights {each})."
+    unsure = f"It takes more photos to say whether `{name}` depends on what was learned (rank correlation {each})."
     if np.isnan(error): return unsure
     if alike>.9: return f"`{name}` does not show what was learned: its maps hardly change with {said}."
     if alike>.5: return f"`{name}` shows only in part what was learned: its maps are still alike with {said}."
     if alike+2*error>.9: return unsure
-    return f"`{name}` depends on what was learned: its maps change with random weights (rank correlation {each}); that alone does not make them right."
+    return (f"`{name}` depends on what was learned: its maps change with random weights (rank correlation {each}); "
+            "that alone does not make them right.")
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000031
 def _flat_words(ranks): # of maps that have nothing to be compared; `ranks`: method -> as from `measure_sanity`
@@ -266,8 +276,9 @@ def _picture_rows(fig, gs, img, pictures): # returns the Axes
             ax = fig.add_subplot(gs[r,c])
             show_overlay(img, m, ax, 1 if m.shape[-1]>=img.shape[-1]/2 else .6) # pixels hide the photo
             if r==0: ax.set_title(title, fontsize=10, parse_math=False)
-            if c==0: ax.annotate(name.replace('_', '_\n'), (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right',
-                                 va='center', multialignment='center', fontsize=10, parse_math=False)
+            if c==0:
+                look = dict(rotation=90, ha='right', va='center', multialignment='center', fontsize=10, parse_math=False)
+                ax.annotate(name.replace('_', '_\n'), (0,.5), (-6,0), 'axes fraction', 'offset points', **look)
             axs.append(ax)
     return axs
 
@@ -321,11 +332,13 @@ def _stage_findings(ranks, ssims, draw, photos): # the first two: method -> a st
             (r,re),(a,ae) = mean_error(of[s]),mean_error(ssims[m][s])
             rows.append(dict(method=m, stage=s, rank=r, rank_error=re, ssim=a, ssim_error=ae, flat=int(of[s].isnan().sum())))
     words = [says_sanity(m, of) for m,of in ranks.items()]
-    others = [_number(of[other_photo]) + f' (`{m}`)'*(len(ranks)>1) for m,of in ranks.items() if not of[other_photo].isnan().all()]
-    if others: words.append(f"Maps of different photos: {', '.join(others)}.")
+    others = {m:of[other_photo] for m,of in ranks.items() if not of[other_photo].isnan().all()}
+    said = ', '.join(_number(r) + f' (`{m}`)'*(len(ranks)>1) for m,r in others.items())
+    if said: words.append(f"Maps of different photos: {said}.")
     curves = {m:{s:mean_error(r) for s,r in of.items()} for m,of in ranks.items()}
     each = {f'{m}, {s}':r for m,of in ranks.items() for s,r in of.items()}
-    return Findings(pd.DataFrame(rows), ' '.join(words)+photos+_flat_words(ranks), each, partial(draw, curves=curves, label='rank correlation'))
+    draw = partial(draw, curves=curves, label='rank correlation')
+    return Findings(pd.DataFrame(rows), ' '.join(words)+photos+_flat_words(ranks), each, draw)
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000038
 def says_rise(
@@ -336,7 +349,8 @@ def says_rise(
     mean,error = mean_error(rise)
     if np.isnan(mean): return f"Nothing can be said of `{name}`: its maps are flat."
     how = 'more complex' if mean>2*error else 'less complex' if mean<-2*error else 'about as complex'
-    return f"`{name}`: the maps of a random model are {how} ({mean:+.0%}" + ('' if np.isnan(error) else f' ± {error:.0%}') + ').'
+    rise = f'{mean:+.0%}' + ('' if np.isnan(error) else f' ± {error:.0%}')
+    return f"`{name}`: the maps of a random model are {how} ({rise})."
 
 def _rise_findings(found, draw, photos): # `found`: method -> 'as it is' and 'all' -> complexity (n, k)
     rows,rises = [],{}
@@ -344,7 +358,8 @@ def _rise_findings(found, draw, photos): # `found`: method -> 'as it is' and 'al
         before,after = of.values()
         rises[m] = torch.where(before>0, after/before-1, torch.nan)
         (b,be),(a,ae),(r,re) = map(mean_error, (before, after, rises[m]))
-        rows.append(dict(method=m, before=b, before_error=be, after=a, after_error=ae, rise=r, rise_error=re, flat=int((before==0).sum())))
+        rows.append(dict(method=m, before=b, before_error=be, after=a, after_error=ae, rise=r, rise_error=re,
+                         flat=int((before==0).sum())))
     words = ' '.join(says_rise(m, r) for m,r in rises.items())
     words += " Those of a method that shows what was learned should be more complex, but so may be those of others."
     curves = {m:{s:mean_error(v) for s,v in of.items()} for m,of in found.items()}
@@ -355,7 +370,7 @@ def _rise_findings(found, draw, photos): # `found`: method -> 'as it is' and 'al
 @no_trace
 def sanity_check(self:Learner,
     items=None, # Images, as for `get_heatmaps`; None = the validation set
-    method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; or a list of them, which share the random models
+    method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; a list of them shares the random models
     layer=None, # As in `get_heatmaps`
     cls=None, # As in `get_heatmaps`; None = the class that the model as it is predicts
     n:int=16, # How many of the images, chosen at random if there are more
@@ -370,11 +385,11 @@ def sanity_check(self:Learner,
     input:int=0, # Which of the model's inputs is explained, where it takes several
     **options # Of the methods
 ) -> Findings: # Its table has a row for each method and stage; `each`, 'method, stage' -> rank correlations (n, k)
-    "Ask whether heatmaps depend on what was learned: compare them with those of copies of the model with random weights (Adebayo et al. 2018, arXiv 1810.03292)"
+    "Ask whether heatmaps depend on what was learned, by a model of random weights (Adebayo et al. 2018, arXiv 1810.03292)"
     if n<1 or stages<1: raise ValueError(f"n is {n} and stages is {stages}; expected at least 1 of each")
-    if efficient and labels: raise ValueError("efficient=True asks one random model, and labels=True trains another: choose one of them")
+    if efficient and labels: raise ValueError("efficient=True asks one random model and labels=True trains another: choose one")
     methods = {f.name:f for f in [get_method(m, **options) for m in listify(method)]}
-    if len(methods)<len(listify(method)): raise ValueError(f"two methods are called alike, {', '.join(methods)}: give your functions names of their own")
+    if len(methods)<len(listify(method)): raise ValueError(f"two of {', '.join(methods)} are called alike: give each a name")
     if labels: _shuffled_dl(self.dls, seed) # before anything is run: are there any?
     run = shadow(self)
     images,cls = _chosen(self, run, items, n, cls, seed, bs, input)
@@ -391,7 +406,7 @@ def sanity_check(self:Learner,
     said = _photos(len(images), n)
     if labels:
         with copied_model(run):
-            start,end = _train_shuffled(self, run, images, epochs, seed)
+            start,end = _train_shuffled(self, run, images, epochs, seed, score)
             use(shuffled, _again(run, images, fs, before, **ask), before)
         said += f" On shuffled labels, the loss went from {start:.2f} to {end:.2f} in {epochs} epochs."
     gc.collect() # Learners and their callbacks know each other, so that copies would wait to be collected
