@@ -234,6 +234,7 @@ def test_flat_maps_are_counted(tiny):
 def test_one_photo(tiny):
     res = tiny.sanity_check(method='gradcam', n=1, relu=False)
     assert ' 1 photo.' in res.words and 'more photos' in res.words and 'different photos' not in res.words
+    assert [t.get_text() for t in res.plot()[-1].get_legend().get_texts()]==['gradcam'] # no baseline
 
 
 @pytest.mark.slow

@@ -335,7 +335,7 @@ def _stage_findings(ranks, ssims, draw, photos): # the first two: method -> a st
     others = {m:of[other_photo] for m,of in ranks.items() if not of[other_photo].isnan().all()}
     said = ', '.join(_number(r) + f' (`{m}`)'*(len(ranks)>1) for m,r in others.items())
     if said: words.append(f"Maps of different photos: {said}.")
-    curves = {m:{s:mean_error(r) for s,r in of.items()} for m,of in ranks.items()}
+    curves = {m:{s:mean_error(r) for s,r in of.items() if s!=other_photo or m in others} for m,of in ranks.items()}
     each = {f'{m}, {s}':r for m,of in ranks.items() for s,r in of.items()}
     draw = partial(draw, curves=curves, label='rank correlation')
     return Findings(pd.DataFrame(rows), ' '.join(words)+photos+_flat_words(ranks), each, draw)
