@@ -976,6 +976,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fastai_heatmaps/trust/faithfulness.py'),
                                                     'fastai_heatmaps.trust.faithfulness._images': ( 'trust.faithfulness.html#_images',
                                                                                                     'fastai_heatmaps/trust/faithfulness.py'),
+                                                    'fastai_heatmaps.trust.faithfulness._input': ( 'trust.faithfulness.html#_input',
+                                                                                                   'fastai_heatmaps/trust/faithfulness.py'),
                                                     'fastai_heatmaps.trust.faithfulness._masked_strip': ( 'trust.faithfulness.html#_masked_strip',
                                                                                                           'fastai_heatmaps/trust/faithfulness.py'),
                                                     'fastai_heatmaps.trust.faithfulness._metrics': ( 'trust.faithfulness.html#_metrics',

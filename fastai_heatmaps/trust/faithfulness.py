@@ -21,7 +21,6 @@ from .findings import random_maps, centre_maps, mean_error, differs, Findings
 from contextlib import nullcontext
 from fastprogress.fastprogress import progress_bar
 from functools import lru_cache
-from itertools import chain
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
@@ -277,8 +276,11 @@ def _draw_curves(axs, probs, method): # means over all images and classes
     axs[0].legend(frameon=False)
 
 # %% ../../nbs/53_trust.faithfulness.ipynb #ff000028
+def _input(hm, i): # image `i` as the model takes it, on the CPU
+    return tensors_in(first(hm.images.part([i]).dl))[hm.images.input].as_subclass(Tensor).cpu().float()
+
 def _strip(axs, hm, i, j, metric, of, fill, seed): # image `i` with more and more of its pixels hidden or shown
-    x = tensors_in(hm.images.batch(i))[hm.images.input][:1].as_subclass(Tensor).cpu().float()
+    x = _input(hm, i)
     ps = of['map'][i,j]
     points = np.linspace(0, len(ps)-1, min(len(axs), len(ps))).round().astype(int)
     steps = len(ps) - (metric in ('deletion', 'insertion'))
@@ -290,7 +292,7 @@ def _strip(axs, hm, i, j, metric, of, fill, seed): # image `i` with more and mor
     axs[0].annotate(metric, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center')
 
 def _masked_strip(axs, hm, i, j, of, fill, seed): # image `i` as each map leaves it
-    x = tensors_in(hm.images.batch(i))[hm.images.input][:1].as_subclass(Tensor).cpu().float()
+    x = _input(hm, i)
     maps = dict(map=hm.maps, random=random_maps(hm.maps, seed), centre=centre_maps(hm.maps))
     for ax,(who,m) in zip(axs, maps.items()):
         pic = masked_pictures(x, [m[i][j]], filled(x, fill))
@@ -301,19 +303,22 @@ def _masked_strip(axs, hm, i, j, of, fill, seed): # image `i` as each map leaves
 @no_trace
 def _draw(hm, probs, fills, seed, i=0, j=0, figsize=None): # the means of all images, and below them one image step by step
     curves = {m:of for m,of in probs.items() if m in _curves}
-    rows = len(curves) or 1
-    fig = plt.figure(figsize=figsize or (11, 2.6*bool(curves)+1.9*rows), layout='constrained')
-    grid = fig.add_gridspec(bool(curves)+rows, 12, height_ratios=[2.6]*bool(curves)+[1.9]*rows)
-    wide = min(6, 12//rows)
-    tops = [fig.add_subplot(grid[0,c*wide:(c+1)*wide]) for c in range(len(curves))]
-    strips = [[fig.add_subplot(grid[r,c:c+2]) for c in range(0, 12, 2)] for r in range(bool(curves), bool(curves)+rows)]
-    for ax in chain(*strips): ax.axis('off')
-    if curves: _draw_curves(tops, curves, hm.method)
-    for axs,(m,of) in zip(strips, curves.items()): _strip(axs, hm, i, j, m, of, fills[m], seed)
+    h,w = hm.images.image(i).shape[-2:]
+    cols = min(6, max(of['map'].shape[2] for of in curves.values())) if curves else 3
+    high = [2.2]*bool(curves) + [max(len(curves), 1)*(9/max(cols, 5)*h/w+.4)]
+    fig = plt.figure(figsize=figsize or (9, sum(high)), layout='constrained')
+    *top,below = fig.add_gridspec(len(high), 1, height_ratios=high)
+    strips = below.subgridspec(max(len(curves), 1), cols).subplots(squeeze=False)
+    for ax in strips.flat: ax.axis('off')
     if not curves:
         m = next(iter(probs))
         _masked_strip(strips[0], hm, i, j, probs[m], fills[m], seed)
-    return np.array([*tops, *chain(*strips)])
+        return strips[0]
+    tops = top[0].subgridspec(1, max(len(curves), 2)).subplots()
+    for ax in tops[len(curves):]: ax.axis('off')
+    _draw_curves(tops, curves, hm.method)
+    for axs,(m,of) in zip(strips, curves.items()): _strip(axs, hm, i, j, m, of, fills[m], seed)
+    return np.array([*tops[:len(curves)], *strips.flat])
 
 # %% ../../nbs/53_trust.faithfulness.ipynb #ff000031
 @patch
