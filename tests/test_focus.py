@@ -197,11 +197,14 @@ def test_passes_and_memory(bs):
 
 
 def test_a_large_set_is_not_run_as_a_whole():
-    names = ' '.join(f'{c}_{i}' for c in colors for i in range(20))
+    names = ' '.join(f'{c}_{i}' for c in colors for i in range(30))
     learn = color_learner(names, Sizes())
-    mosaics,_ = focus(learn, n=5)
-    assert sum(n for n,s in learn.model.seen if s==32)==20 and len(mosaics.images)==20
-    assert len(mosaics.photos.unique())>=16 # and each is used about once
+    mosaics,_ = focus(learn, n=18)
+    assert sum(n for n,s in learn.model.seen if s==32)==72 and len(mosaics.images)==72
+    assert len(mosaics.photos.unique())>=64 # and each is used about once
+    learn.model.seen.clear()
+    mosaics,_ = focus(learn, n=1)
+    assert sum(n for n,s in learn.model.seen if s==32)==64 # so that there are pairs
 
 
 def test_methods_of_the_pixels_take_a_pass_each():
@@ -294,7 +297,7 @@ def test_what_cannot_be_measured():
     one_line(lambda: learn.heatmap_focus([*red, blue]), 'only red has them')
     one_line(lambda: learn.heatmap_focus([red[0], blue]), 'no class has them')
     one_line(lambda: learn.heatmap_focus([(plain('red'), 'blue')]*4), 'none of 4 photos right')
-    one_line(lambda: color_learner(' '.join(f'red_{i}' for i in range(9))).heatmap_focus(n=2), 'a larger n')
+    one_line(lambda: color_learner(' '.join(f'red_{i}' for i in range(70))).heatmap_focus(n=2), 'of 64 photos only red', 'a larger n')
     one_line(lambda: learn.heatmap_focus(n=0), 'n is 0')
     one_line(lambda: learn.heatmap_focus(method=[]), 'list of methods is empty')
     one_line(lambda: learn.heatmap_focus(bs=0), 'bs is 0')

@@ -56,8 +56,10 @@ def explain_each(
     shared = [i for i,f in enumerate(methods) if f.shares_pass]
     for group in [shared] + [[i] for i in range_of(methods) if i not in shared]:
         if not group: continue
-        at = layer if methods[group[0]].at_layer else None
-        explain_images(learn, images, [methods[i] for i in group], lambda hms: [use(i, hm) for i,hm in zip(group, hms)], layer=at, **kwargs)
+        fs = [methods[i] for i in group]
+        def batch(hms):
+            for i,hm in zip(group, hms): use(i, hm)
+        explain_images(learn, images, fs, batch, layer=layer if fs[0].at_layer else None, **kwargs)
 
 # %% ../../nbs/31_learner.core.ipynb #lc000030
 def explain_by(

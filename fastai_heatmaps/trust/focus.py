@@ -77,7 +77,7 @@ def lay_mosaics(
     _,C,H,W = x.shape
     return x.reshape(-1, 2, 2, C, H, W).permute(0, 3, 1, 4, 2, 5).reshape(-1, C, 2*H, 2*W)
 
-def _same_size(xs): # a list of photos (C, H, W), as a batch; where they differ, the middle square of each, at the size of the smallest
+def _same_size(xs): # a list of photos (C, H, W) as a batch; where they differ, the middle squares, as large as the smallest
     if len({x.shape for x in xs})==1: return torch.stack(xs)
     side = min(min(x.shape[1:]) for x in xs)
     def square(x):
@@ -157,10 +157,10 @@ def known_classes(
     shows,lacks,larger = [],[],None
     def use(ran):
         nonlocal larger
-        if len(ran.xb)>1: raise ValueError("this model takes several inputs, and Focus lays single photos together: it is for models of one")
+        if len(ran.xb)>1: raise ValueError("this model takes several inputs: Focus is for models that take one photo")
         if ran.x.ndim!=4: raise no_pictures(ran.x)
         found = ran.task.found(ran.probs, getattr(ran.loss_func, 'thresh', .5))
-        if found is None: raise ValueError("Focus asks where the evidence for a class is, and this model does not sort whole images into classes")
+        if found is None: raise ValueError("this model does not sort images into classes: Focus is for models that do")
         targs = None if ran.targs is None else ran.task.targs(ran.targs.as_subclass(Tensor))
         true = found if targs is None else ran.task.labelled(targs.to(found.device), found.shape[1])
         if larger is None: larger = _takes_larger(ran)
@@ -170,13 +170,18 @@ def known_classes(
     return torch.cat(shows),torch.cat(lacks),larger
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000024
+def _most(n): return max(4*n, 64) # of how many photos the mosaics are made
+
 def _none_found(shows, n, vocab): # the error if there are no mosaics
     N = len(shows)
-    if not shows.any(): return ValueError(f"the model gets none of {N} photos right, and nobody knows where its evidence should be: train it first, or pass other photos")
+    if not shows.any():
+        return ValueError(f"the model gets none of {N} photos right, and nobody knows where its evidence should be: "
+                          "train it first, or pass other photos")
     names = [str(vocab[c] if vocab else c) for c in (shows.sum(0)>1).nonzero().flatten().tolist()]
-    have = f"only {', '.join(names[:3])} has" if len(names)==1 else f"{', '.join(names[:3]) or 'no class'} has"
+    have = f"only {names[0]} has" if len(names)==1 else f"{', '.join(names[:3]) or 'no class'} has"
+    larger = ', or ask for a larger n, which looks at more of them' if N==_most(n) else ''
     return ValueError(f"Focus needs two classes with two photos each that the model gets right, and of {N} photos {have} them: "
-                      f"pass more photos{', or ask for a larger n, which looks at 4n' if N==4*n else ''}")
+                      f"pass more photos{larger}")
 
 def find_mosaics(
     run:Learner, # As from `shadow`
@@ -187,7 +192,9 @@ def find_mosaics(
 ) -> Mosaics: # With their `images`
     "Plan mosaics of photos that the model gets right; raises ValueError if there are none"
     if n<1: raise ValueError(f"n is {n}; expected at least 1 mosaic")
-    if len(images)>4*n: images = images.part(sorted(np.random.default_rng(seed).permutation(len(images))[:4*n].tolist()))
+    if len(images)>_most(n):
+        some = np.random.default_rng(seed).permutation(len(images))[:_most(n)]
+        images = images.part(sorted(some.tolist()))
     shows,lacks,larger = known_classes(run, images, score)
     mosaics = plan_mosaics(shows, lacks, n, seed)
     if not len(mosaics): raise _none_found(shows, n, output_names(run))
@@ -221,66 +228,70 @@ def measure_focus(
         done = sum(map(len, shares[i]))
         rows,maps = slice(done, done+len(hm)),hm.maps[:,0].clamp(min=0)
         shares[i].append(focus_of(maps, mosaics.own[rows]))
-        mosaics.maps[i] += [F.adaptive_avg_pool2d(m[None], [min(s, 112) for s in m.shape])[0] for m in maps[:max(keep-done, 0)]]
+        small = [min(s, 112) for s in maps.shape[1:]]
+        if done<keep: mosaics.maps[i] += list(F.adaptive_avg_pool2d(maps[:keep-done], small))
         if i: return
         two = torch.stack([mosaics.cls[rows], mosaics.other[rows]], 1)
         known.append(tasks[hm.task].found(hm.preds, hm.thresh).gather(1, two).any(1))
-    at_once = bs and max(1, bs//4) # a mosaic is as large as four photos
-    explain_each(run, mosaics.laid(), methods, use, layer, cls=mosaics.cls, score=score, bs=at_once)
+    at_once = bs or (64 if any(p.is_cuda for p in run.model.parameters()) else 16) # of changed photos, as in `Pass`
+    explain_each(run, mosaics.laid(), methods, use, layer, cls=mosaics.cls, score=score, bs=max(1, at_once//4))
     mosaics.known = torch.cat(known)
     return mosaics,[torch.cat(o) for o in shares]
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000029
 def _said(x): return f'{x:.2f}'.removeprefix('0')
 
+def _listed(names): return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
+
 def _beats(a, b, photos): # is the mean of `a - b`, values of mosaics, more than two standard errors above 0?
     mean,error = mosaic_mean(a-b, photos)
     return mean>2*error
 
-def _listed(names): return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
-
-def _verdict(each, acts, photos): # sentences about the shares of methods, name -> (m,)
-    res = []
-    better = [k for k,v in each.items() if _beats(v, acts, photos) and _beats(v, torch.full_like(v, .5), photos)]
-    worse = [k for k,v in each.items() if _beats(torch.full_like(v, .5), v, photos)]
+def _verdict(each, acts, photos): # sentences about the shares (m,) of methods
+    half,res = torch.full_like(acts, .5),[]
+    better = [k for k,v in each.items() if _beats(v, acts, photos) and _beats(v, half, photos)]
+    worse = [k for k,v in each.items() if _beats(half, v, photos)]
     rest = [k for k in each if k not in better+worse]
     if worse: res.append(f"By {_listed(worse)} it falls on the photos of the other class more than on its own.")
-    if rest: res.append(f"The share by {_listed(rest)} cannot be told from that of maps which know no class: there is no sign here of the class.")
+    if rest: res.append(f"The share by {_listed(rest)} cannot be told from that of maps which know no class: "
+                        "there is no sign here of the class.")
     if len(better)>1:
         top = max(better, key=lambda k: mosaic_mean(each[k], photos)[0])
         ties = [k for k in better if k!=top and not _beats(each[top], each[k], photos)]
-        res.append(f"The share is highest for {top}" + (f", but {_listed(ties)} cannot be told from it." if ties else
-                   ", by more than two standard errors."))
+        by = f", but {_listed(ties)} cannot be told from it." if ties else ", by more than two standard errors."
+        res.append(f"The share is highest for {top}{by}")
     return res
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000030
-def _words(each, acts, mosaics, n): # what was found, in sentences
-    def mean(v): return ' ± '.join(_said(o) for o in mosaic_mean(v, mosaics.photos) if not np.isnan(o)) or 'nothing'
-    shares = [f'{mean(v)} by {k}' for k,v in each.items()]
-    begin = ' of the evidence for a class falls on its own photos'
-    shares = shares[0].replace(' by ', begin+' by ') if len(shares)==1 else f"Of the evidence for a class, {_listed(shares)} falls on its own photos"
-    res = [f"{shares} (uniform: .50; activations, which know no class: {mean(acts)}).", *_verdict(each, acts, mosaics.photos)]
+def _shares(each, acts, photos): # a sentence
+    def mean(v): return ' ± '.join(_said(o) for o in mosaic_mean(v, photos) if not np.isnan(o)) or 'nothing'
+    shares,falls = [f'{mean(v)} by {k}' for k,v in each.items()],'of the evidence for a class falls on its own photos'
+    begin = f'This share {falls}: {_listed(shares)}' if len(shares)>1 else shares[0].replace(' by', f' {falls} by')
+    return f"{begin} (uniform: .50; activations, which know no class: {mean(acts)})."
+
+def _basis(each, acts, mosaics, n): # sentences about what was measured
     m,p = len(mosaics),len(mosaics.photos.unique())
     few = f', since these photos make no more than that ({n} were asked for)' if m<n else ''
-    no_error = any(np.isnan(mosaic_mean(v, mosaics.photos)[1]) for v in (*each.values(), acts))
-    if no_error: res.append("There are too few photos, or maps that are not flat, to know the error.")
-    res.append(f"Measured on {m} mosaic{'s'*(m>1)} of {p} photos that the model gets right{few}.")
+    res = [f"Measured on {m} mosaic{'s'*(m>1)} of {p} photos that the model gets right{few}."]
     if mosaics.halve: res.append("The photos were halved, since the model takes no larger images.")
     known = mosaics.known.float().mean()
-    hardly = ': it hardly knows the photos there, so that a low share may not be the fault of the method' if known<.5 else ''
+    hardly = '; it hardly knows the photos there, so a low share may not be the fault of the method' if known<.5 else ''
     res.append(f"In {known:.0%} of the mosaics the model finds one of the two classes{hardly}.")
+    if any(np.isnan(mosaic_mean(v, mosaics.photos)[1]) for v in (*each.values(), acts)):
+        res.append("Where no error is given, there are too few photos or maps to know it.")
     for k,v in each.items():
         flat = int(v.isnan().sum())
         if flat: res.append(f"{flat} of the {m} maps by {k} hold no evidence for the class, and do not count.")
-    return ' '.join(res)
+    return res
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000031
 def _table(each, acts, photos):
     def row(v):
         more = v-acts
-        return dict(zip(['focus', 'error', 'above_activations', 'its_error'], [*mosaic_mean(v, photos), *mosaic_mean(more, photos)]), mosaics=int((~v.isnan()).sum()))
+        numbers = *mosaic_mean(v, photos),*mosaic_mean(more, photos),int((~v.isnan()).sum())
+        return dict(zip(['focus', 'error', 'above_activations', 'its_error', 'mosaics'], numbers))
     rows = {**{k:row(v) for k,v in each.items()}, 'activations':row(acts), 'uniform':row(torch.full_like(acts, .5))}
-    return pd.DataFrame(rows.values(), index=pd.Index(rows, name='method')).astype({'mosaics':int})
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name='method'))
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000032
 def _pictures(mosaics, k): # the first `k`, as bytes (channels, H, W)
@@ -301,7 +312,8 @@ def _draw_means(ax, table):
     for y,((name,o),color) in enumerate(zip(table.iterrows(), colors)):
         ax.errorbar(o.focus, y, xerr=0 if np.isnan(o.error) else 2*o.error, fmt='o', color=color, capsize=3, ms=5)
     ax.axvline(.5, color='C7', lw=1, ls=':')
-    ax.set(xlim=(0,1), ylim=(len(table)-.5,-.5), yticks=range_of(table), yticklabels=table.index, xlabel='share on its own photos, ± 2 standard errors')
+    ax.set(xlim=(0,1), ylim=(len(table)-.5,-.5), yticks=range_of(table), yticklabels=table.index)
+    ax.set_xlabel('share on its own photos, ± 2 standard errors')
     ax.grid(axis='x', alpha=.3)
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
 
@@ -335,13 +347,13 @@ def heatmap_focus(self:Learner,
     items=None, # Photos to lay together, each as for `open_image` or as `(image, label)`; None = the validation set
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; or a list of them
     layer=None, # As in `get_heatmaps`, for the methods that look at one, and for the activations
-    n:int=200, # How many mosaics; each costs as much as four photos, and up to `4n` photos are looked at
+    n:int=200, # How many mosaics, each at the cost of four photos; of a large set `4n` photos are looked at, at least 64
     seed:int=0, # The same mosaics each time
     bs:int=None, # How many photos at once, four to a mosaic; None = the batch size of the DataLoaders
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
-    **options # Of the methods, as in `get_heatmaps`; for those called `n` or `seed` pass `get_method('rise', n=500)` as `method`
+    **options # Of the methods, as in `get_heatmaps`; for one called `n` or `seed`, pass `get_method('rise', n=500)` as `method`
 ) -> Findings: # `each` has the shares (m,) of each method, NaN where a map is flat, and the `photos` (m, 4)
-    "Measure which share of the evidence for a class falls on its own photos, in mosaics of two classes (Arias-Duart et al. 2022, arXiv 2109.15035)"
+    "Measure which share of the evidence for a class falls on its own photos in mosaics (Arias-Duart et al. 2022, arXiv 2109.15035)"
     check_bs(bs)
     methods = [get_method(m, **options) for m in listify(method)]
     if not methods: raise ValueError("the list of methods is empty: name at least one")
@@ -357,5 +369,7 @@ def heatmap_focus(self:Learner,
     table = _table(each, acts, mosaics.photos)
     names = [f"for '{vocab[c] if vocab else c}'" for c in mosaics.cls[:3].tolist()]
     shown = min(len(each), 4) # methods
-    draw = partial(_draw, table, _pictures(mosaics, 3), mosaics.own[:3], names, mosaics.maps[:shown], [v[:3] for v in each.values()][:shown])
-    return Findings(table, _words(each, acts, mosaics, n), {**each, 'activations':acts, 'photos':mosaics.photos}, draw)
+    firsts = [v[:3] for v in each.values()][:shown]
+    draw = partial(_draw, table, _pictures(mosaics, 3), mosaics.own[:3], names, mosaics.maps[:shown], firsts)
+    said = [_shares(each, acts, mosaics.photos), *_verdict(each, acts, mosaics.photos), *_basis(each, acts, mosaics, n)]
+    return Findings(table, ' '.join(said), {**each, 'activations':acts, 'photos':mosaics.photos}, draw)
