@@ -16,7 +16,6 @@ from ..core.passes import all_was_against
 from .images import Images
 from .photo import on_photo
 from .draw import color_scale, show_overlay, wrap_title, new_panels
-from copy import copy
 import io
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
@@ -51,7 +50,8 @@ class Heatmaps:
 
     def replace(self, **kwargs):
         "Copy these heatmaps, with other values for the attributes in `kwargs`"
-        res = copy(self)
+        res = object.__new__(type(self)) # `copy` would leave out what a pickle does
+        vars(res).update(vars(self))
         for k,v in kwargs.items():
             if k not in vars(self): raise TypeError(f"Heatmaps have no {k!r}")
             setattr(res, k, v)
