@@ -251,3 +251,7 @@ def test_the_outline_on_a_photo():
 
 def test_heatmaps_without_their_images(seen):
     with pytest.raises(ValueError, match='loaded without their images'): Heatmaps(seen.maps, seen.cls, seen.preds).inside([mask()]*6)
+
+
+def test_no_heatmaps(seen):
+    with pytest.raises(ValueError, match='there are no heatmaps to measure'): seen[[]].inside([])

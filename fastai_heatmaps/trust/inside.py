@@ -47,10 +47,11 @@ def check_box(x1, y1, x2, y2, # In pixels
     "Raise ValueError unless a box is one of pixels of the picture"
     box,(H,W) = f"its box {x1:g}, {y1:g}, {x2:g}, {y2:g}",size
     if max(map(abs, (x1, y1, x2, y2)))<=1 and not {x1, y1, x2, y2}<={0,1}:
-        raise ValueError(f"{box} is not in pixels, as it must be: fastai scales boxes to -1 to 1, and dls.decode_batch undoes that")
+        raise ValueError(f"{box} is not in pixels: fastai scales boxes to -1 to 1, and dls.decode_batch undoes that")
     if x2<=x1 or y2<=y1: raise ValueError(f"{box} ends before it begins; expected x1, y1, x2, y2")
     if x1>=W or y1>=H or x2<=0 or y2<=0:
-        raise ValueError(f"{box} lies outside of the picture, which is {H}×{W} (height × width): does it lie on the 'input', or on the 'original'?")
+        raise ValueError(f"{box} lies outside of the picture, which is {H}×{W} (height × width): "
+                         "is it one of what the model saw, on='input', or of the photo, on='original'?")
 
 # %% ../../nbs/54_trust.inside.ipynb #in000010
 def box_mask(
@@ -84,7 +85,8 @@ def mask_in(
     if are_boxes(o): return box_mask(o, size)
     mask = is_object(mask_pixels(o))
     if mask.shape==size: return mask
-    raise ValueError("its size is {}×{}, and that of the picture that it lies on is {}×{} (height × width)".format(*mask.shape, *size))
+    (h,w),(H,W) = mask.shape,size
+    raise ValueError(f"its size is {h}×{w}, and that of the picture that it lies on is {H}×{W} (height × width)")
 
 # %% ../../nbs/54_trust.inside.ipynb #in000014
 @contextmanager
@@ -105,7 +107,8 @@ def masks_by_item(
     if callable(masks): return lambda i: masks(hm.images[[i]].items[0])
     is_one = isinstance(masks, (str, Path, Image.Image)) or isinstance(masks, (Tensor, np.ndarray)) and masks.ndim==2
     if len(hm)==1 and is_one: masks = [masks]
-    if len(masks)!=len(hm): raise ValueError(f"there are {len(masks)} masks for {len(hm)} images: pass one for each, or the boxes of each")
+    if len(masks)!=len(hm):
+        raise ValueError(f"there are {len(masks)} masks for {len(hm)} images: pass one for each, or the boxes of each")
     return masks.__getitem__
 
 # %% ../../nbs/54_trust.inside.ipynb #in000017
@@ -134,7 +137,7 @@ def which_frame(
     with naming(hm, 0):
         size = None if are_boxes(o) else mask_pixels(o).shape
         if photo!=seen and size in (photo,seen): return 'input' if size==seen else 'original'
-        what = 'boxes have no size' if size is None else 'it has the size of both' if size==seen else f'its size is {size[0]}×{size[1]}'
+        what = 'boxes have no size' if size is None else 'it has the size of both' if size==seen else 'its size is {}×{}'.format(*size)
         raise ValueError(f"{what}, and may it lie on what the model saw, {seen[0]}×{seen[1]} (height × width), "
                          f"or on the photo, {photo[0]}×{photo[1]}? Pass on='input' or on='original'")
 
@@ -143,11 +146,11 @@ def cells_of(
     size:tuple, # Height and width of the frame, in pixels
     grid:Tensor, # As from `frame_of`
     shape:tuple # (h, w) of a map
-) -> tuple: # (H f, W f): the cell in which each pixel lies, -1 where the model did not see it; f, so that none of the cells is skipped
+) -> tuple: # The cell in which each pixel lies (H f, W f), -1 where the model did not see it; f, large enough that no cell is skipped
     "Find the cell that each pixel of a frame lies in"
     (H,W),(h,w) = size,shape
-    per_step = [(grid.diff(dim=d).abs().amax((0,2,3))*tensor([w,h])/2).max() for d in (2,3)] # of the lattice, down and across: cells
-    f = max(1, math.ceil(max(o*32/s for o,s in zip(per_step, size)) - 1e-3))
+    steps = [(grid.diff(dim=d).abs().amax((0,2,3))*tensor([w,h])/2).max() for d in (2,3)] # of the lattice, down and across, in cells
+    f = max(1, math.ceil(max(32*o/s for o,s in zip(steps, size)) - 1e-3))
     cells = on_photo(torch.arange(h*w).view(1, h, w), grid, (H*f, W*f), 'nearest')[0]
     return cells.nan_to_num(-1).long(),f
 
@@ -208,7 +211,7 @@ def measure_inside(
     mask_of:callable, # As from `masks_by_item`
     on:str, # As for `frame_of`
     at:Tensor # As for `score_maps`
-) -> tuple: # What `score_maps` gives, for all images: (n, k), (n, k), (n, k, t); the same for spots in the middle, k = 1; the area of the masks (n, 1), 0 to 1
+) -> tuple: # As from `score_maps`, of all images: (n, k), (n, k), (n, k, t); of spots in the middle, k = 1; the masks' area (n, 1), 0 to 1
     "Score the maps of all images, and maps that know nothing"
     scores,centre,area = [],[],[]
     places = range_of(hm)
@@ -258,14 +261,15 @@ def _words(each, best, thresh, classes): # what was found, a few sentences for e
         def against(k): # what knows nothing
             def one(b): return '' if n==1 else f' ({_than(v[k], v[b])})'
             centre = f'{k} of the centre'
-            return f"against {m['area']:.2f} for an even map{one('area')} and {m[centre]:.2f} for a spot in the middle{one(centre)}"
+            even,spot = f"{m['area']:.2f} for an even map{one('area')}",f"{m[centre]:.2f} for a spot in the middle{one(centre)}"
+            return f"against {even} and {spot}"
         images = f'{n} images' if n>1 else 'one image'
         res.append(f"{who}On {images}, {m['energy']:.2f} of the evidence lies inside, {against('energy')}.")
         if len(classes)==1:
             brightest = 'The brightest cell is inside in' if n>1 else 'Pointing is'
             res.append(f"{brightest} {m['pointing']:.2f}{' of them' if n>1 else ''}, {against('pointing')}.")
-            res.append(f"Cut out at {best[j]:.2f} of its maximum, a map overlaps with the mask by {m['best IoU']:.2f} (IoU), "
-                       f"and at {thresh:.2f} by {m['IoU']:.2f}; the spot by {m['best IoU of the centre']:.2f} at best.")
+            res.append(f"Cut out at {best[j]:.2f} of its maximum, a map overlaps with the mask by {m['best IoU']:.2f} "
+                       f"(IoU), and at {thresh:.2f} by {m['IoU']:.2f}; the spot by {m['best IoU of the centre']:.2f} at best.")
         if n<of_n: res.append(f"{of_n-n} more have no evidence, or no object where the model looked, and are left out.")
     return ' '.join(res)
 
@@ -302,18 +306,20 @@ def _draw(hm, mask_of, on, each, n=4, figsize=None, **looks): # `looks`: for `He
 @patch
 @no_trace
 def inside(self:Heatmaps,
-    masks, # Of each image a mask (a path, PIL image, array or tensor (H, W)) or boxes (m, 4) of x1, y1, x2, y2 in pixels; or a function from an item to these
+    masks, # Of each image a mask (H, W), or boxes (m, 4) of x1, y1, x2, y2 in pixels; or a function from an item to these
     thresh:float=.5, # Where maps are cut out for the IoU, as a part of their maximum
-    on:str=None # What the masks lie on: 'input' = what the model saw, 'original' = the photo as it was opened; None = as their size tells
+    on:str=None # What they lie on: 'input' = what the model saw, 'original' = the photo as it was opened; None = as their size tells
 ) -> Findings: # A row for each metric, and class if there are several
     "Measure how much of the evidence lies in masks or boxes, and how well the maps fit them"
     if not 0<thresh<=1: raise ValueError(f"thresh is {thresh}; expected a part of the maximum, above 0 and up to 1")
-    if on not in (None, 'input', 'original'): raise ValueError(f"on is {on!r}; expected 'input', what the model saw, or 'original', the photo as it was opened")
+    if on not in (None, 'input', 'original'):
+        raise ValueError(f"on is {on!r}; expected 'input', what the model saw, or 'original', the photo as it was opened")
+    if not len(self): raise ValueError("there are no heatmaps to measure")
     mask_of = masks_by_item(self, masks)
     on = on or which_frame(self, mask_of(0))
     at = torch.cat([torch.arange(1, 101)/100, tensor([thresh])])
     scores,centre,area = measure_inside(self, mask_of, on, at)
-    if area.nansum()==0: raise ValueError("no mask has a pixel that the model saw, so there is no object for the evidence to be in")
+    if area.nansum()==0: raise ValueError("no mask has a pixel that the model saw, so there is nothing for the evidence to be in")
     each,best = _by_name(scores)
     each.update({f'{k} of the centre':o for k,o in _by_name(centre)[0].items()}, area=area)
     same = (self.cls==self.cls[0]).all()
