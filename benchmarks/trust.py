@@ -1,10 +1,10 @@
 """Which method finds the truth, and which can be trusted on photos: `python benchmarks/trust.py [--n 32] [--only gradcam,layercam] [--photos FOLDER]`
 
-First, pictures and models of which it is known what the answer rests on (trust/truth): the energy in the patch that the model uses, and in the one that it does not, each ± a standard error, whether the
-brightest cell is in the used patch, and the time of a picture. Needs no weights and no photos; about two minutes on two cores.
+First, pictures and models of which it is known what the answer rests on (trust/truth): the energy in the patch that the model uses, and in the one that it does not, each ± a standard error;
+whether the brightest cell is in the used patch; and the time of a picture, by `get_heatmaps`. Needs no weights and no photos.
 
-With `--photos` also the demo Learner on photos, FOLDER/CLASS/*.jpg: Focus, sanity, deletion and insertion. Folders with the name of an ImageNet class are labels. The slow methods are asked with
-fewer masks and copies than usual, as the first column says."""
+With `--photos` also the demo Learner on photos, FOLDER/CLASS/*.jpg: Focus, sanity, deletion and insertion. If all folders have names of ImageNet classes, these are the labels; else what the
+model says counts as right. The slow methods are asked with fewer masks and copies than usual, as the first column says."""
 import time, warnings
 from fastcore.script import call_parse
 
@@ -54,7 +54,7 @@ def labelled(folder, vocab):
 
 def on_photos(folder, methods, n, seed):
     "Print the table of the methods on the demo Learner"
-    from fastai_heatmaps.all import demo_learner, np, default_device
+    from fastai_heatmaps.all import ProgressCallback, demo_learner, np, default_device
     from fastai_heatmaps.data.images import to_images
     from fastai_heatmaps.learner.run import shadow
     from fastai_heatmaps.learner.core import explain_by
@@ -63,6 +63,7 @@ def on_photos(folder, methods, n, seed):
     from fastai_heatmaps.trust.sanity import measure_sanity
     from fastai_heatmaps.trust.faithfulness import measure_faithfulness
     learn,dev = demo_learner(),default_device()
+    learn.remove_cb(ProgressCallback)
     learn.model.to(dev)
     learn.dls.to(dev)
     run = shadow(learn)
