@@ -530,6 +530,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastai_heatmaps/data/heatmaps.py'),
                                                'fastai_heatmaps.data.heatmaps.Heatmaps.join': ( 'data.heatmaps.html#heatmaps.join',
                                                                                                 'fastai_heatmaps/data/heatmaps.py'),
+                                               'fastai_heatmaps.data.heatmaps.Heatmaps.learn': ( 'data.heatmaps.html#heatmaps.learn',
+                                                                                                 'fastai_heatmaps/data/heatmaps.py'),
                                                'fastai_heatmaps.data.heatmaps.Heatmaps.name': ( 'data.heatmaps.html#heatmaps.name',
                                                                                                 'fastai_heatmaps/data/heatmaps.py'),
                                                'fastai_heatmaps.data.heatmaps.Heatmaps.notes': ( 'data.heatmaps.html#heatmaps.notes',

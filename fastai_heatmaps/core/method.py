@@ -16,20 +16,20 @@ from inspect import signature
 # %% ../../nbs/05_core.method.ipynb #95ae46a7
 class Methods(dict):
     "Name -> function; shows itself as a table"
-    head = 'method', 'needs', 'cost', 'what it is'
+    head = 'method', 'needs', 'of a class', 'cost', 'what it is'
 
     def rows(self):
-        "Give a row for each method: its name, what it needs, what it costs, its paper"
+        "Give a row for each method: its name, what it needs, whether it depends on the class, what it costs, its paper"
         def about(f): return re.split(r'(?<!et al)\. ', (f.__doc__ or '').split(': ', 1)[-1])[0]
-        return [(n, f.needs, f.cost, about(f)) for n,f in self.items()]
+        return [(n, f.needs, f.of_class, f.cost, about(f)) for n,f in self.items()]
 
     def __repr__(self):
         rows = [self.head, *self.rows()]
-        wide = [max(len(r[i]) for r in rows) for i in range(3)]
-        return '\n'.join('  '.join([*(o.ljust(w) for o,w in zip(r, wide)), r[3]]) for r in rows)
+        wide = [max(len(r[i]) for r in rows) for i in range(4)]
+        return '\n'.join('  '.join([*(o.ljust(w) for o,w in zip(r, wide)), r[4]]) for r in rows)
 
     def _repr_markdown_(self):
-        rows = [self.head, ('---',)*4, *[(f'`{n}`', *rest) for n,*rest in self.rows()]]
+        rows = [self.head, ('---',)*5, *[(f'`{n}`', *rest) for n,*rest in self.rows()]]
         return '\n'.join(f"| {' | '.join(r)} |" for r in rows)
 
 # %% ../../nbs/05_core.method.ipynb #9214b6be
@@ -51,12 +51,14 @@ def heatmap_method(
     name:str, # What users write as `method='...'`
     needs:str=None, # As in the table above; None = 'activations' or 'gradients', by the number of its parameters
     cost:str='', # In passes of the model, for the table
-    during:callable=None # A context for the forward pass
+    during:callable=None, # A context for the forward pass
+    of_class:str=None # Does the map depend on the class? For the table; None = 'no' if it needs activations alone, else '?'
 ):
     "Decorate a function to make it known as `method=name`; it must not change its arguments, and its own options have defaults"
     if needs not in (None, *_needs): raise ValueError(f"needs is {needs!r}; expected one of {', '.join(_needs)}")
     def _inner(f):
         f.needs,f.cost,f.during = needs or needs_of(f),cost,during
+        f.of_class = ifnone(of_class, 'no' if f.needs=='activations' else '?')
         heatmap_methods[name] = f
         return f
     return _inner

@@ -34,14 +34,14 @@ class Heatmaps:
         info:dict=None, # What the method reports, name -> (n, k), such as the completeness of integrated gradients
         method:str='', # What made the maps
         layer:str='', # Names of the layers that the maps are of, with commas between them; '' if the method looks at no layer
-        learn=None # The Learner that answered, so that it can be asked again; not pickled
+        asked=None # A weak reference to the Learner that answered, so that it can be asked again; not pickled
     ):
         store_attr()
         self.info = info or {}
         if images is None: self.images = Images(idxs=range_of(maps), names=[f'image{i}' for i in range_of(maps)])
 
     def __len__(self): return len(self.maps)
-    def __getstate__(self): return {**vars(self), 'learn': None} # so that a pickle holds no model
+    def __getstate__(self): return {**vars(self), 'asked': None}
 
     def __repr__(self):
         shape = tuple(self.maps.shape) if isinstance(self.maps, Tensor) else f'{len(self)} maps of several sizes'
@@ -67,6 +67,10 @@ class Heatmaps:
         each = {k:pick(getattr(self, k)) for k in ('maps', 'cls', 'preds', 'targs')}
         return self.replace(**each, images=self.images[rows], info={k:pick(v) for k,v in self.info.items()})
 
+    @property
+    def learn(self):
+        "Get the Learner that answered, as long as it is kept elsewhere"
+        return self.asked and self.asked()
     @property
     def dl(self):
         "Get the DataLoader of the images; None if they were loaded without one"

@@ -17,7 +17,7 @@ from ..data.images import Images, to_images
 from ..data.heatmaps import Heatmaps
 from ..data.store import run_info, open_store, write_part, load_heatmaps
 from .run import shadow, output_names, layer_watch, run_passes
-import sys
+import sys,weakref
 
 # %% ../../nbs/31_learner.core.ipynb #lc000001
 def explain_images(
@@ -179,7 +179,7 @@ def get_heatmaps(self:Learner,
     if out is None:
         parts = []
         explain(images, slice(None), parts.append)
-        return Heatmaps.join(parts, images).replace(learn=self)
+        return Heatmaps.join(parts, images).replace(asked=weakref.ref(self))
     out = Path(out).expanduser()
     write_heatmaps(out, images, explain, about())
-    return load_heatmaps(out, images.dl).replace(learn=self)
+    return load_heatmaps(out, images.dl).replace(asked=weakref.ref(self))

@@ -262,7 +262,7 @@ def run_passes(
     check_bs(bs)
     is_single = len(images.dl)==1
     bar = shows_bars(learn) and is_single
-    if is_single: learn.remove_cb(ProgressCallback)
+    if is_single or not person_looks(): learn.remove_cb(ProgressCallback)
     known = dict(vocab=output_names(learn), loss_func=learn.loss_func, score=score, bs=bs, bar=bar, keep=keep)
     cb = PassCallback(watch, use, images.labels, images.input, change, **known)
     with quiet(learn.model), clear_errors(), cb.stack:
