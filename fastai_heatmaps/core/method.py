@@ -86,6 +86,8 @@ class Method:
     def at_layer(self): return self.needs in ('activations', 'gradients', 'layer')
     @property
     def by_gradients(self): return self.needs in ('gradients', 'input', 'layer')
+    @property
+    def shares_pass(self): return self.at_layer and self.during is nullcontext # may others be asked on the same pass?
 
     def hooks(self, model, *xb, layer=None):
         "Give a context with the hooks that this method needs"

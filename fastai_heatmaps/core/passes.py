@@ -163,12 +163,17 @@ class Pass:
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
         one_picture = self.x.ndim==4 and not isinstance(model, OneInput) # of several, each keeps its layout
         self.channels_last = one_picture and self.x.device.type=='cpu' # the layout of changed images, until the model refuses it
-        self.task,act = find_task(pred, targs, vocab, loss_func, score),activation(loss_func)
+        self.task,self.act = find_task(pred, targs, vocab, loss_func, score),activation(loss_func)
         self.score_of = self.task.scorer(pred, len(self.x), vocab, score)
         with torch.set_grad_enabled(len(hooks)>0): self.scores = self.score_of(pred)
-        with torch.no_grad(): self.probs = self.task.probs(pred, self.scores, act, vocab, score).as_subclass(Tensor).detach()
+        self.probs = self.probs_of(pred, self.scores)
         kind = self.x.device.type
         self.autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    @torch.no_grad()
+    def probs_of(self, pred, scores):
+        "Give the probabilities (m, c) for an output of the model and its scores"
+        return self.task.probs(pred, scores, self.act, self.vocab, self.score).as_subclass(Tensor).detach()
 
     def pick(self, cls=None, topk=1):
         "Find the classes (n, k) that `cls` names for this batch: see `class_indices`; 'targ' is each image's own label"

@@ -16,7 +16,6 @@ from ..core.passes import all_was_against
 from .images import Images
 from .photo import on_photo
 from .draw import color_scale, show_overlay, wrap_title, new_panels
-from copy import copy
 import io
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
@@ -34,13 +33,15 @@ class Heatmaps:
         thresh:float=.5, # Probability above which a class of a multi-label task is predicted
         info:dict=None, # What the method reports, name -> (n, k), such as the completeness of integrated gradients
         method:str='', # What made the maps
-        layer:str='' # Names of the layers that the maps are of, with commas between them; '' if the method looks at no layer
+        layer:str='', # Names of the layers that the maps are of, with commas between them; '' if the method looks at no layer
+        learn=None # The Learner that answered, so that it can be asked again; not pickled
     ):
         store_attr()
         self.info = info or {}
         if images is None: self.images = Images(idxs=range_of(maps), names=[f'image{i}' for i in range_of(maps)])
 
     def __len__(self): return len(self.maps)
+    def __getstate__(self): return {**vars(self), 'learn': None} # so that a pickle holds no model
 
     def __repr__(self):
         shape = tuple(self.maps.shape) if isinstance(self.maps, Tensor) else f'{len(self)} maps of several sizes'
@@ -49,7 +50,8 @@ class Heatmaps:
 
     def replace(self, **kwargs):
         "Copy these heatmaps, with other values for the attributes in `kwargs`"
-        res = copy(self)
+        res = object.__new__(type(self)) # `copy` would leave out what a pickle does
+        vars(res).update(vars(self))
         for k,v in kwargs.items():
             if k not in vars(self): raise TypeError(f"Heatmaps have no {k!r}")
             setattr(res, k, v)

@@ -196,6 +196,7 @@ class PassCallback(Callback):
         use:callable, # Takes each `Pass`
         labels:Tensor=None, # The true classes, where they came with the images; None = the targets of the batch
         input:int=0, # Which of the model's inputs is explained
+        change:callable=None, # A function from a batch of its first input to what the model sees instead, of the same length
         **known # For `Pass`
     ):
         store_attr()
@@ -204,7 +205,8 @@ class PassCallback(Callback):
     def __call__(self, event_name): return getattr(self, event_name, noop)()
 
     def before_batch(self):
-        self.learn.xb = tuple(map(recordable, self.xb))
+        xb = self.xb if self.change is None else (self.change(self.xb[0]), *self.xb[1:])
+        self.learn.xb = tuple(map(recordable, xb))
         model,self.inputs = of_input(self.model, self.xb, self.input)
         self.seen = ifnone(self.seen, model) # which remembers what it has found out about its layers
         self.hooks = self.stack.enter_context(self.watch(self.seen, *self.inputs))
@@ -253,7 +255,8 @@ def run_passes(
     use:callable, # Takes the `Pass` of each batch
     bs:int=None, # How many changed images are run at once
     score=None, # A function from the model's output to scores (n, c)
-    keep:bool=False # Keep each pass's graph, to be asked again?
+    keep:bool=False, # Keep each pass's graph, to be asked again?
+    change:callable=None # A function from a batch of the model's first input to what it sees instead, of the same length
 ):
     "Run `learn` on `images` inside `get_preds`, and hand the `Pass` of each batch to `use`"
     check_bs(bs)
@@ -261,7 +264,7 @@ def run_passes(
     bar = shows_bars(learn) and is_single
     if is_single: learn.remove_cb(ProgressCallback)
     known = dict(vocab=output_names(learn), loss_func=learn.loss_func, score=score, bs=bs, bar=bar, keep=keep)
-    cb = PassCallback(watch, use, images.labels, images.input, **known)
+    cb = PassCallback(watch, use, images.labels, images.input, change, **known)
     with quiet(learn.model), clear_errors(), cb.stack:
         cbs = [cb, EndWatch(cb.stack)]
         learn.get_preds(dl=images.dl, act=noop, reorder=False, cbs=cbs, inner=True, with_preds=False, with_targs=False)

@@ -15,8 +15,7 @@ from ..data.images import to_images, as_items
 from ..data.draw import color_scale, show_overlay, wrap_title, new_panels
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, output_names, layer_watch, run_passes
-import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
-from contextlib import nullcontext
+from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
 from fastprogress.fastprogress import progress_bar
 import gc,textwrap
 
@@ -33,31 +32,19 @@ def _name_row(ax, name): # beside its first Axes
     ax.annotate(text, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center',
                 multialignment='center', fontsize=10, parse_math=False)
 
-# %% ../../nbs/41_views.compare.ipynb #cm000008
-def _shares_pass(f): return f.at_layer and f.during is nullcontext # may other methods be asked on the same pass?
-
-def _kept_pass(learn, img, watch, input=0, **kwargs): # as `Images`, and the pass
-    run,passes = shadow(learn),[]
-    images = to_images(run.dls, [img], vocab=output_names(learn), input=input)
-    run_passes(run, images, watch, passes.append, keep=True, **kwargs)
-    return images,passes[0]
-
 # %% ../../nbs/41_views.compare.ipynb #cm000009
-def _by_methods(learn, img, fs, cls, layer, relu, topk, **kwargs): # the `Heatmaps` of `img` by each of the methods `fs`
-    shared = [f for f in fs if _shares_pass(f)]
-    if shared:
-        watching = next((f for f in shared if f.by_gradients), shared[0]) # the others' hooks keep no graph
-        images,ran = _kept_pass(learn, img, layer_watch(watching, layer), **kwargs)
-        idxs = ran.pick(cls, topk)
-    def explain(f):
-        if f in shared: return Heatmaps.of(ran, f, idxs, relu, images)
-        return learn.get_heatmaps([img], cls, f, layer if f.at_layer else None, relu, topk, **kwargs)
-    return [explain(f) for f in fs]
+def _by_methods(learn, img, fs, cls, layer, relu, topk, input, **kwargs): # the `Heatmaps` of `img` by each of the methods `fs`
+    run = shadow(learn)
+    images = to_images(run.dls, [img], vocab=output_names(learn), input=input)
+    return explain_by(run, images, fs, layer, cls=cls, relu=relu, topk=topk, **kwargs)
 
 # %% ../../nbs/41_views.compare.ipynb #cm000011
-def _at_layers(learn, img, f, cls, layers, relu, topk, **kwargs): # the `Heatmaps` of `img` by the method `f`, at each of `layers`
-    if not _shares_pass(f): return [learn.get_heatmaps([img], cls, f, l, relu, topk, **kwargs) for l in layers]
-    images,ran = _kept_pass(learn, img, layer_watch(f, layers), **kwargs)
+def _at_layers(learn, img, f, cls, layers, relu, topk, input, **kwargs): # the `Heatmaps` of `img` by the method `f`, at each of `layers`
+    if not f.shares_pass: return [learn.get_heatmaps([img], cls, f, l, relu, topk, input=input, **kwargs) for l in layers]
+    run,passes = shadow(learn),[]
+    images = to_images(run.dls, [img], vocab=output_names(learn), input=input)
+    run_passes(run, images, layer_watch(f, layers), passes.append, keep=True, **kwargs)
+    ran, = passes
     idxs = ran.pick(cls, topk)
     return [Heatmaps.of(ran.at(h), f, idxs, relu, images) for h in ran.hooks]
 

@@ -1,0 +1,94 @@
+"What the checks of trust/ share: several methods on one pass, changed batches, similarity of maps, means with their errors."
+import pickle
+
+from scipy.stats import spearmanr
+
+from conftest import *
+from fastai_heatmaps.core.method import get_method
+from fastai_heatmaps.data.images import to_images
+from fastai_heatmaps.learner.core import explain_by
+from fastai_heatmaps.learner.run import shadow
+from fastai_heatmaps.trust.findings import *
+
+
+def by(learn, methods, **kwargs):
+    run = shadow(learn)
+    return explain_by(run, to_images(run.dls), [get_method(m) for m in methods], **kwargs)
+
+
+def test_several_methods_give_what_each_gives_alone(learn):
+    names = 'saliency gradcam activations guided_gradcam layercam'.split()
+    hms = by(learn, names, cls='Red')
+    assert [hm.method for hm in hms]==names
+    for name,hm in zip(names, hms): torch.testing.assert_close(hm.maps, learn.get_heatmaps(cls='Red', method=name).maps)
+
+
+def test_methods_at_a_layer_share_a_pass(learn):
+    runs = []
+    handle = learn.model[0][0].register_forward_hook(lambda m, i, o: runs.append(len(o)))
+    by(learn, ['gradcam', 'layercam', 'activations'], layer=learn.model[0])
+    one = len(runs)
+    by(learn, ['gradcam'], layer=learn.model[0])
+    handle.remove()
+    assert one==len(runs)-one and sum(runs)==2*len(learn.dls.valid_ds)
+
+
+def test_the_model_sees_the_changed_batch(learn):
+    hm, = by(learn, ['gradcam'], cls='Red', change=partial(torch.flip, dims=(3,)))
+    for i in range(len(hm)):
+        maps,preds = model_heatmaps(learn.model, hm.images.batch(i)[0].flip(3), cls=learn.dls.vocab.o2i['Red'])
+        torch.testing.assert_close(hm.maps[i], maps[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(hm.preds[i], preds[0].softmax(0))
+
+
+def test_heatmaps_know_their_learner_but_do_not_pickle_it(learn, tmp_path):
+    hm = learn.get_heatmaps()
+    assert hm.learn is learn and hm[:2].learn is learn
+    assert pickle.loads(pickle.dumps(hm)).learn is None
+    hm = learn.get_heatmaps(out=tmp_path/'maps')
+    assert hm.learn is learn and load_heatmaps(tmp_path/'maps').learn is None
+
+
+@pytest.mark.parametrize('relu', [False, True]) # with ties and without
+def test_rank_correlation_is_spearmans(relu):
+    a,b = torch.randn(2, 3, 2, 5, 6, generator=torch.Generator().manual_seed(0))
+    if relu: a,b = a.relu(),b.relu()
+    want = [[spearmanr(x.flatten(), y.flatten()).statistic for x,y in zip(*o)] for o in zip(a, b)]
+    torch.testing.assert_close(rank_correlation(a, b), tensor(want).float())
+
+
+def test_rank_correlation_of_maps_of_other_sizes():
+    big = torch.arange(16.).view(1, 1, 4, 4)
+    small = F.avg_pool2d(big, 2)
+    assert rank_correlation(big, small)>.9 and rank_correlation([big[0]], [-small[0]])<-.9
+    assert rank_correlation(big, torch.zeros(1, 1, 2, 2)).isnan()
+
+
+def test_ssim():
+    "Of the maps as they are drawn, so that their scale plays no part; two flat maps look the same"
+    a,b = torch.rand(2, 2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ssim(a, 5*a), torch.ones(2, 3))
+    assert (ssim(a, b)<.5).all() and ssim(a, b).equal(ssim(b, a))
+    assert ssim(0*a, 0*a).equal(torch.ones(2, 3)) and (ssim(a, 0*a)<.1).all()
+
+
+def test_mean_and_its_error():
+    v = tensor([[1.,3.],[2.,np.nan],[6.,6.],[np.nan,np.nan]]) # images are 2, 2, 6 and nothing
+    mean,error = mean_error(v)
+    assert abs(mean-10/3)<1e-6 and abs(error-np.std([2, 2, 6], ddof=1)/3**.5)<1e-6
+    assert np.isnan(mean_error(tensor([np.nan]))[0]) and np.isnan(mean_error([1.])[1])
+
+
+def test_differences_are_judged_image_by_image():
+    "Both vary much from image to image, but one is always a little larger"
+    a = torch.arange(10.)
+    wobble = tensor([.1, .2]*5)
+    assert differs(a+wobble, a) and not differs(a, a.flip(0)) and not differs(a[:1]+1, a[:1])
+
+
+def test_maps_that_know_nothing():
+    maps = torch.zeros(2, 3, 7, 5)
+    assert random_maps(maps).equal(random_maps(maps)) and not random_maps(maps).equal(random_maps(maps, seed=1))
+    c = centre_maps(maps)
+    assert c.shape==maps.shape and c.flatten(2).argmax(2).eq(3*5+2).all() and c.allclose(c.flip(2)) and c.allclose(c.flip(3))
+    assert [m.shape for m in centre_maps(list(maps))]==[(3,7,5)]*2 and [m.shape for m in random_maps(list(maps))]==[(3,7,5)]*2
