@@ -4,6 +4,7 @@ os.environ['OMP_NUM_THREADS'] = '1' # the tests run in one process a core; so do
 import matplotlib
 matplotlib.use('Agg')
 import gc, subprocess, sys, numpy as np, pytest, torch
+from collections import Counter
 from fastai.vision.all import *
 from fastai_heatmaps.all import *
 from fastai_heatmaps.data.images import Images
@@ -16,6 +17,17 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption('--nb-flags', default='', help='nbdev test flags to run that are left out otherwise, such as "slow"')
     parser.addoption('--all-lines', action='store_true', help='interrupt calls at all of their lines, rather than a sample of them')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Of the cases of a test, the quick way round takes the first and each fourth after it"
+    cases = Counter()
+    for o in items:
+        if not hasattr(o, 'callspec') or o.get_closest_marker('slow'): continue
+        test = o.nodeid.split('[')[0]
+        if cases[test]%4: o.add_marker(pytest.mark.slow)
+        cases[test] += 1
 
 
 def pytest_collection_finish(): gc.freeze() # all that the tests import is not looked at again

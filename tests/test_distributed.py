@@ -196,6 +196,7 @@ def test_alone(learn, pics, monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "fastai_heatmaps\[distrib\]"'): learn.distrib_heatmaps()
 
 
+@pytest.mark.slow
 def test_join(learn, pics):
     files = get_image_files(pics).sorted()
     hm = learn.get_heatmaps(files, method='integrated_gradients', steps=2, topk=2)

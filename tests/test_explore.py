@@ -34,6 +34,7 @@ def setter(o, value): return lambda: setattr(o, 'value', value)
 def file(pics): return get_image_files(pics).sorted()[0]
 
 
+@pytest.mark.slow
 def test_costs(learn, file, monkeypatch):
     cost,ui = Counts(learn, monkeypatch),[]
     assert cost(lambda: ui.append(learn.explore_heatmaps(file, cls=0)))==(1,1,1)
@@ -54,8 +55,9 @@ def test_costs(learn, file, monkeypatch):
 def test_equal_to_get_heatmaps(method, pics, file):
     learn = learner_for(method, pics)
     passes = Passes(learn, (file, 'Red'))
-    inner,tops = None if heatmap_methods[method].needs in ('input', 'model') or method=='cam' else '0.6',[]
-    for cls,layer in [(None, None), (1, None), (0, None), ('Red', inner), (0, inner), (1, inner), ('targ', None)]:
+    body_only,tops = heatmap_methods[method].needs in ('input', 'model') or method=='cam',[]
+    inner = [('Red', None)] if body_only else [('Red', '0.6'), (0, '0.6'), (1, '0.6')]
+    for cls,layer in [(None, None), (1, None), (0, None), *inner, ('targ', None)]:
         hm,want = passes.heatmaps(cls, method, layer),learn.get_heatmaps((file, 'Red'), cls, method, layer)
         torch.testing.assert_close(hm.maps, want.maps, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(hm.preds, want.preds)
@@ -147,6 +149,7 @@ def test_a_changed_model_is_run_again(change, learn, file):
     torch.testing.assert_close(passes.heatmaps(1, 'layercam', '0.5').maps, learn.get_heatmaps(file, 1, 'layercam', '0.5').maps)
 
 
+@pytest.mark.slow
 def test_no_trace(learn, file):
     learn.model.train()
     before,random = state(learn.model, learn),get_random_states()

@@ -178,7 +178,7 @@ def _check_folder(folder, rows, fresh): # may the pictures of `rows` be written 
 @no_trace
 def save(self:Heatmaps,
     folder, # It is made if it does not exist
-    fmt:str='png', # Of the pictures: 'png', 'jpg' or 'webp'
+    fmt:str='png', # Of the pictures: 'png', 'jpg' or 'webp', which takes almost twice the memory to write
     on='input', # What the maps lie on, and the size of the pictures: 'input' = what the model saw, 'original' = the photo as it was opened
     names:list=None, # What the files of each image are called; None = like the image's own file, or by its place
     overwrite:bool=False, # Write over pictures of the same names, if this package drew them?

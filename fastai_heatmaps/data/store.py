@@ -142,8 +142,8 @@ def run_info(
         raise ValueError("out= needs a fastai DataLoader, which can be asked for the images that are left: "
                          "pass learn.dls.test_dl(files)")
     times = [os.path.isfile(f) and (os.path.getsize(f), os.stat(f).st_mtime_ns) for f in images.names]
-    res = dict(n=len(images), part=bs*max(1, 256//bs), batch=bs, **args, transforms=[dl.after_item, dl.after_batch],
-               items=digest(images.items), samples=samples(images), sizes_and_times_of_files=digest(times),
+    res = dict(n=len(images), part=bs*max(1, 256//bs), batch=bs, **args, items=digest(images.items),
+               transforms=[dl.after_item, dl.after_batch], samples=samples(images), sizes_and_times_of_files=digest(times),
                vocab=vocab, thresh=float(thresh), versions=dict(fastai_heatmaps=__version__, torch=torch.__version__),
                places=[*map(int, images.idxs)], names=images.names)
     return json.loads(json.dumps(plain(res)))
