@@ -92,3 +92,12 @@ def test_maps_that_know_nothing():
     c = centre_maps(maps)
     assert c.shape==maps.shape and c.flatten(2).argmax(2).eq(3*5+2).all() and c.allclose(c.flip(2)) and c.allclose(c.flip(3))
     assert [m.shape for m in centre_maps(list(maps))]==[(3,7,5)]*2 and [m.shape for m in random_maps(list(maps))]==[(3,7,5)]*2
+
+
+def test_heatmaps_keep_no_learner_alive(pics):
+    learn = pic_learner(pics)
+    hm = learn.get_heatmaps()
+    del learn
+    gc.collect()
+    assert hm.learn is None
+    with pytest.raises(ValueError, match='not known or gone: pass it'): hm.faithfulness()

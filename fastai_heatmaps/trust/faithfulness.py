@@ -324,7 +324,7 @@ def _draw(hm, probs, fills, seed, i=0, j=0, figsize=None): # the means of all im
 @patch
 @no_trace
 def faithfulness(self:Heatmaps,
-    learn:Learner=None, # Whose model is asked; None = the one that made these heatmaps, which loaded ones do not know
+    learn:Learner=None, # Whose model is asked; None = the one that made these heatmaps, if it is still there; loaded ones do not know it
     metrics=None, # Names in `faithfulness_metrics`, or one; None = all but 'road_most' and 'road_least', which take several times as long
     steps:int=10, # In how many steps all is hidden; RISE hides a row of pixels at a time, 224 steps
     fill=None, # What hides pixels: a number, as the model takes them; 'mean', 'blur', or a tensor; None = as in the papers, see the table
@@ -333,7 +333,7 @@ def faithfulness(self:Heatmaps,
 ) -> Findings: # A row for each metric
     "Ask whether the model needs what these heatmaps mark, by hiding and showing it"
     learn = ifnone(learn, self.learn)
-    if learn is None: raise ValueError("these heatmaps were loaded and know no Learner: pass the one that made them, hm.faithfulness(learn)")
+    if learn is None: raise ValueError("the Learner that made these heatmaps is not known or gone: pass it, hm.faithfulness(learn)")
     (values,probs), = measure_faithfulness(shadow(learn), [self], metrics, steps, fill, seed, bs)
     fills = _fills(values, fill)
     each = {m if who=='map' else f'{m} {who}':o for m,of in values.items() for who,o in of.items()}
