@@ -344,7 +344,7 @@ def test_several_methods_share_random_and_centre(learn):
     res,seen = counted(learn, partial(measure_faithfulness, run, hms, ['deletion'], 4))
     assert sum(seen)==len(hms[0])*(1+1+3*(3+2+2)) # two sizes of maps, each with its own
     for hm,(values,probs) in zip(hms, res):
-        found = hm.replace(asked=learn).faithfulness(metrics='deletion', steps=4)
+        found = hm.faithfulness(learn, metrics='deletion', steps=4)
         for who,k in dict(map='deletion', random='deletion random', centre='deletion centre').items():
             torch.testing.assert_close(values['deletion'][who], found.each[k])
         torch.testing.assert_close(probs['deletion']['map'], found.each['deletion curve'])
@@ -443,7 +443,7 @@ def test_the_learner_must_be_known_and_the_same(learn, tmp_path):
     hm = learn.get_heatmaps(out=tmp_path/'maps')
     want = hm.faithfulness(metrics='drop')
     loaded = load_heatmaps(tmp_path/'maps', learn.dls.valid)
-    with pytest.raises(ValueError, match=r'is not known or gone: pass the one that made them, hm.faithfulness\(learn\)'): loaded.faithfulness()
+    with pytest.raises(ValueError, match=r'is not known or gone: pass it, hm.faithfulness\(learn\)'): loaded.faithfulness()
     same(loaded.faithfulness(learn, metrics='drop'), want, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match='loaded without their images'): load_heatmaps(tmp_path/'maps').faithfulness(learn)
     with pytest.raises(ValueError, match='no heatmaps to measure'): hm[:0].faithfulness()
