@@ -22,7 +22,7 @@ def activations(
     return acts.mean(1)
 
 # %% ../../nbs/11_methods.cam.ipynb #2b8794c2
-@heatmap_method('gradcam', cost='1 forward, head backward')
+@heatmap_method('gradcam', cost='1 forward, head backward', of_class='yes')
 def gradcam(
     acts:Tensor, # Activations (n, C, h, w)
     grads:Tensor # `∂y/∂A`, of the same shape
@@ -31,7 +31,7 @@ def gradcam(
     return (grads.mean((2,3), keepdim=True) * acts).sum(1)
 
 # %% ../../nbs/11_methods.cam.ipynb #b480ab01
-@heatmap_method('gradcam++', cost='1 forward, head backward')
+@heatmap_method('gradcam++', cost='1 forward, head backward', of_class='hardly')
 def gradcam_plus_plus(
     acts:Tensor, # Activations (n, C, h, w)
     grads:Tensor # `∂y/∂A`, of the same shape
@@ -42,7 +42,7 @@ def gradcam_plus_plus(
     return (weights * acts).sum(1)
 
 # %% ../../nbs/11_methods.cam.ipynb #566493cb
-@heatmap_method('hirescam', cost='1 forward, head backward')
+@heatmap_method('hirescam', cost='1 forward, head backward', of_class='yes')
 def hirescam(
     acts:Tensor, # Activations (n, C, h, w)
     grads:Tensor # `∂y/∂A`, of the same shape
@@ -51,7 +51,7 @@ def hirescam(
     return (grads * acts).sum(1)
 
 # %% ../../nbs/11_methods.cam.ipynb #cda68542
-@heatmap_method('layercam', cost='1 forward, head backward')
+@heatmap_method('layercam', cost='1 forward, head backward', of_class='hardly')
 def layercam(
     acts:Tensor, # Activations (n, C, h, w)
     grads:Tensor # `∂y/∂A`, of the same shape
@@ -60,7 +60,7 @@ def layercam(
     return (F.relu(grads) * acts).sum(1)
 
 # %% ../../nbs/11_methods.cam.ipynb #6b51fc61
-@heatmap_method('xgradcam', cost='1 forward, head backward')
+@heatmap_method('xgradcam', cost='1 forward, head backward', of_class='yes')
 def xgradcam(
     acts:Tensor, # Activations (n, C, h, w)
     grads:Tensor # `∂y/∂A`, of the same shape
@@ -90,7 +90,7 @@ def eigencam(
     return patterns(acts)[:,0]
 
 # %% ../../nbs/11_methods.cam.ipynb #a7424227
-@heatmap_method('eigengradcam', cost='1 forward, head backward')
+@heatmap_method('eigengradcam', cost='1 forward, head backward', of_class='hardly')
 def eigengradcam(
     acts:Tensor, # Activations (n, C, h, w)
     grads:Tensor # `∂y/∂A`, of the same shape
@@ -110,7 +110,7 @@ def _gradients_at(probe, acts): # the gradients (k, n, C, h, w) of each class ex
     return torch.stack([probe.map(g).float() for g, in each_gradient(picked, [raw])])
 
 # %% ../../nbs/11_methods.cam.ipynb #5722a95e
-@heatmap_method('cam', needs='layer', cost='1 forward, 3 head backward')
+@heatmap_method('cam', needs='layer', cost='1 forward, 3 head backward', of_class='yes')
 def cam(
     probe:Probe # Its layer is followed by a mean over the map and one linear layer
 ) -> Tensor: # (n, k, h, w)
@@ -138,7 +138,7 @@ def nearest_classes(
     return away.topk(n, largest=False).indices
 
 # %% ../../nbs/11_methods.cam.ipynb #73d51b53
-@heatmap_method('finercam', needs='layer', cost='1 forward, head backward')
+@heatmap_method('finercam', needs='layer', cost='1 forward, head backward', of_class='yes')
 def finercam(
     probe:Probe, # Of a model with at least two classes
     others=None, # The classes to compare with, by name or index; None = the `n` whose scores are nearest

@@ -129,7 +129,7 @@ def scorecam(
     return torch.stack([(w.softmax(1)[...,None,None]*a).sum(1) for w,a in zip(scores, acts)])
 
 # %% ../../nbs/13_methods.perturb.ipynb #bd55d92b
-@heatmap_method('ablationcam', needs='layer', cost='1 forward of the head a channel')
+@heatmap_method('ablationcam', needs='layer', cost='1 forward of the head a channel', of_class='yes')
 def ablationcam(
     probe:Probe # Of a layer with `C` channels
 ) -> Tensor: # (n, k, h, w)
