@@ -17,4 +17,5 @@ from .views import interpret as _interpret, features as _features, class_image a
 from .views import architecture as _architecture, explore as _explore
 from .views.compare import heatmap_difference, compare_learners
 from .trust import sanity as _sanity, focus as _focus, faithfulness as _faithfulness, inside as _inside # and their checks
+from .trust import stability as _stability, check as _check
 from .samples import demo_labels, demo_image, demo_learner

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mosaics', 'plan_mosaics', 'lay_mosaics', 'MosaicDL', 'focus_of', 'mosaic_mean', 'known_classes', 'find_mosaics',
-           'measure_focus']
+           'measure_focus', 'mosaic_pictures', 'frame_own']
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000003
 from fastai.vision.all import *
@@ -293,20 +293,31 @@ def _table(each, acts, photos):
     rows = {**{k:row(v) for k,v in each.items()}, 'activations':row(acts), 'uniform':row(torch.full_like(acts, .5))}
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='method'))
 
-# %% ../../nbs/52_trust.focus.ipynb #fo000032
-def _pictures(mosaics, k): # the first `k`, as bytes (channels, H, W)
+# %% ../../nbs/52_trust.focus.ipynb #fo000050
+def mosaic_pictures(
+    mosaics:Mosaics, # With their `images`
+    k:int # How many
+) -> list: # of uint8 tensors (channels, H, W), 224 pixels along a side or a little more
+    "Draw the first `k` mosaics"
     res = []
     for photos in mosaics.photos[:k].tolist():
         x = lay_mosaics(_same_size([mosaics.images.image(i) for i in photos]))[0]
         res.append((255*F.avg_pool2d(x, max(1, max(x.shape)//224))).byte())
     return res
 
-def _frame(ax, own, shape): # the squares of the class explained
+# %% ../../nbs/52_trust.focus.ipynb #fo000051
+def frame_own(
+    ax, # A matplotlib Axes with a mosaic on it
+    own:Tensor, # (4,): which squares are of the class explained
+    shape:tuple # (H, W) of the mosaic
+):
+    "Frame the squares of the class explained"
     h,w = shape
     for i in own.nonzero().flatten().tolist():
         at = i%2*w/2+.015*w,i//2*h/2+.015*h
         ax.add_patch(plt.Rectangle(at, .47*w, .47*h, fill=False, ec='lime', lw=2))
 
+# %% ../../nbs/52_trust.focus.ipynb #fo000032
 def _draw_means(ax, table):
     colors = ['C0']*(len(table)-2)+['C7', 'C7']
     for y,((name,o),color) in enumerate(zip(table.iterrows(), colors)):
@@ -329,7 +340,7 @@ def _draw(table, pictures, own, names, maps, shares, figsize=None): # `maps` and
             img = im/255
             if r: show_overlay(img, maps[r-1][j], ctx=ax)
             else: show_image(img, ctx=ax, cmap='gray')
-            _frame(ax, own[j], img.shape[1:])
+            frame_own(ax, own[j], img.shape[1:])
             wrap_title(ax, [f'{table.index[r-1]}: {_said(shares[r-1][j])}' if r else names[j]])
     return np.array(fig.axes)
 
@@ -370,6 +381,6 @@ def heatmap_focus(self:Learner,
     names = [f"for '{vocab[c] if vocab else c}'" for c in mosaics.cls[:3].tolist()]
     shown = min(len(each), 4) # methods
     firsts = [v[:3] for v in each.values()][:shown]
-    draw = partial(_draw, table, _pictures(mosaics, 3), mosaics.own[:3], names, mosaics.maps[:shown], firsts)
+    draw = partial(_draw, table, mosaic_pictures(mosaics, 3), mosaics.own[:3], names, mosaics.maps[:shown], firsts)
     said = [_shares(each, acts, mosaics.photos), *_verdict(each, acts, mosaics.photos), *_basis(each, acts, mosaics, n)]
     return Findings(table, ' '.join(said), {**each, 'activations':acts, 'photos':mosaics.photos}, draw)
