@@ -72,7 +72,7 @@ def test_grid_writes_over_grids_only(pics, tmp_path, capsys, kind):
     mine = tmp_path/f'mine.{kind}'
     mine.write_bytes(b'no grid')
     assert main([*args, str(mine)])==1 and mine.read_bytes()==b'no grid'
-    assert 'no picture that this package drew' in capsys.readouterr().err
+    assert 'was not made by this package' in capsys.readouterr().err
 
 
 def test_demo_leaves_other_pages_alone(tmp_path, monkeypatch):

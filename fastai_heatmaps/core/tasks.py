@@ -128,6 +128,14 @@ class Task:
         "Say what is true, in a title of class `c`"
         return self.truth(t, name)
 
+    def true_classes(self, t):
+        "List the classes that are true; None where there are no classes"
+        return [int(t)]
+
+    def predicted_classes(self, p, thresh):
+        "List the classes that are predicted; None where there are no classes"
+        return [int(p.argmax())] if p.isfinite().all() else []
+
     def predicted(self, p):
         "Give the one class that is predicted, or None"
         return int(p.argmax()) if self.one_class and p.isfinite().all() else None
@@ -158,7 +166,9 @@ class Classes(Task):
         return targs.ndim==2 and targs.shape[1]==len(vocab)
 
     def targs(self, targs): return targs if targs.ndim==2 else None
-    def truth(self, t, name): return ', '.join(name(c) for c in t.nonzero().flatten().tolist()) or 'none'
+    def truth(self, t, name): return ', '.join(map(name, self.true_classes(t))) or 'none'
+    def true_classes(self, t): return t.nonzero().flatten().tolist()
+    def predicted_classes(self, p, thresh): return (p>thresh).nonzero().flatten().tolist()
     def right(self, p, t, c, shown, thresh): return bool(p[c]>thresh)==bool(t[c])
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000012
@@ -176,6 +186,8 @@ class Numbers(Task):
     def says(self, name, p, c): return f'{name}: {p[c]:.3g}'
     def truth(self, t, name): return ', '.join(f'{float(o):.3g}' for o in t.reshape(-1)[:4]) + (' ...' if t.numel()>4 else '')
     def truth_of(self, t, c, name): return f'{float(t.reshape(-1)[c]):.3g}'
+    def true_classes(self, t): return
+    def predicted_classes(self, p, thresh): return
     def right(self, p, t, c, shown, thresh): return None
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000013
