@@ -104,6 +104,7 @@ def test_maps_are_those_of_get_heatmaps(learn, tmp_path):
     assert np.allclose(shares[:2], tops/tops.max(), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_top_classes_and_the_true_one(tmp_path):
     "Of many classes the likeliest, and the true one in any case, marked to be shown beside the predicted one"
     learn = demo_learner()
@@ -120,14 +121,16 @@ def test_top_classes_and_the_true_one(tmp_path):
     assert [o['text'].split(' 0.')[0] for o in page.all('label')[-9:]][3*cat:][:2]==[hm.name(c) for c in hm.cls[0,:2]]
 
 
+@pytest.mark.slow
 def test_size(tmp_path):
-    "200 photos with five maps each stay under 15 MB, also maps of pixels; and a loss less than that: photos are small"
+    "200 photos with five maps each stay under 15 MB, also maps of pixels"
     learn = demo_learner()
     learn.remove_cb(ProgressCallback)
     for method in ('gradcam', 'saliency'):
         one,three = [learn.heatmap_report(tmp_path/f'{method}{n}.html', n=n, method=method).stat().st_size for n in (1, 3)]
         assert 5000 < (three-one)/2 < 15e6/200, method
-        assert all(len(o)==5 and o[0].shape==((7,10) if method=='gradcam' else (39,56)) for o in Page(tmp_path/f'{method}1.html').maps) or method=='saliency'
+        maps, = Page(tmp_path/f'{method}1.html').maps
+        assert len(maps)==5 and max(maps[0].shape)<=56
 
 
 def test_names(hm, page, tmp_path):
@@ -193,10 +196,10 @@ def test_check(learn, hm, tmp_path):
         assert any(o['src'].startswith('data:image/png') for o in page.all('img'))
     asked = []
     class Checked(Learner):
-        def check_heatmaps(self, items=None, **kwargs): asked.append((items, kwargs)); return found
+        def check_heatmaps(self, items=None, method='gradcam', layer=None, n=64, seed=0, bs=None): asked.append((items, method, layer, seed, bs)); return found
     learn.__class__ = Checked
     assert Page(learn.heatmap_report(tmp_path/'c.html', check=True, seed=5)).all('section', class_='verdict')
-    assert asked==[(None, dict(method='gradcam', seed=5))]
+    assert asked==[(None, 'gradcam', None, 5, None)]
     assert not plt.get_fignums()
 
 
@@ -326,15 +329,15 @@ def test_no_trace(learn, tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_photos(learn, pics, tmp_path):
-    files = sorted(pics.iterdir())*50
+    files = sorted(pics.iterdir())*25
     def peak(n):
         tracemalloc.start()
         size = learn.heatmap_report(tmp_path/f'{n}.html', files[:n], n=None).stat().st_size
         try: return tracemalloc.get_traced_memory()[1],size
         finally: tracemalloc.stop()
     peak(12)
-    (few,small),(many,large) = peak(100),peak(600)
-    assert large-small>1e6 and many-few<.2*(large-small), (few, many, small, large)
+    (few,small),(many,large) = peak(60),peak(300)
+    assert large-small>5e5 and many-few<.2*(large-small), (few, many, small, large)
 
 
 def test_command_line(learn, pics, tmp_path, capsys, monkeypatch):

@@ -178,7 +178,7 @@ def _ask(learn, images, cls, topk, score): # `learn` as from `shadow`
 
 def _order(losses, n, seed): # the places of the photos that are shown
     if n is None: n = len(losses)
-    if None not in losses: return sorted(range_of(losses), key=lambda i: -losses[i])[:n]
+    if None not in losses: return sorted(range_of(losses), key=lambda i: -np.nan_to_num(losses[i], nan=np.inf))[:n]
     return sorted(random.Random(seed).sample(range_of(losses), min(n, len(losses))))
 
 # %% ../../nbs/46_views.report.ipynb #re000030
@@ -220,7 +220,7 @@ def _tools(signed, ramp): # the bar of controls
     ends = ('against', 'for') if signed else ('no evidence', 'most')
     def menu(id, text): return Label(text, Select(Option('any', value=''), id=id))
     return Section(Label('opacity', Input(type='range', id='opacity', min=0, max=100, value=70)),
-                   Label(Input(type='checkbox', id='same', checked=True), 'one scale a photo'),
+                   Label(Input(type='checkbox', id='same', checked=True), 'one scale per photo'),
                    Span(ends[0], ' ', Span(cls='ramp', style=ramp, role='img', aria_label='colours'), ' ', ends[1], cls='key'),
                    menu('predicted', 'predicted'), menu('truth', 'truth'), Button('show all', id='none', type='button'),
                    ft('output', id='count', aria_live='polite'), id='tools', aria_label='Controls')
@@ -271,11 +271,12 @@ dd { margin: 0; overflow-wrap: anywhere }
 table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .55em; text-align: right; border: 1px solid var(--line) }
 th { font-weight: 600; text-align: left; max-width: 14em; overflow-wrap: break-word }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto; padding: 1px }
 .matrix td { background: color-mix(in srgb, var(--wrong) calc(var(--share, 0)*40%), var(--card)) }
 .matrix td.diagonal { background: color-mix(in srgb, var(--right) calc(var(--share, 0)*40%), var(--card)) }
 .matrix td a { color: inherit; display: block }
 .matrix.large thead th + th { writing-mode: vertical-rl; transform: rotate(180deg); max-width: none; padding: .5em .2em }
+.verdict p { white-space: pre-line }
 .verdict img { max-width: 100%; height: auto; background: #fff }
 
 #tools {
@@ -296,7 +297,10 @@ select, button { font: inherit; padding: .15em .5em; max-width: 13em }
   display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)); gap: 1.1em;
   align-items: start; padding-block: 1em;
 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8em; scroll-margin: 5em 0 1em }
+.card {
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8em; scroll-margin: 5em 0 1em;
+  content-visibility: auto; contain-intrinsic-size: auto 30em;
+}
 .panels { display: flex; gap: .5em; align-items: start }
 .panel { margin: 0; flex: 1; min-width: 0 }
 .panel div { position: relative; line-height: 0 }
@@ -317,9 +321,9 @@ fieldset input { margin: 0; flex: none; position: relative; top: .1em }
     --link: #000; --right: #1d7a34; --wrong: #b3261e;
   }
   body { font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  .alive #tools { display: none }
+  .alive #tools, .alive fieldset, .keys { display: none }
   #photos { grid-template-columns: repeat(3, 1fr) }
-  .card { break-inside: avoid }
+  .card { break-inside: avoid; content-visibility: visible }
   .wide { overflow: visible }
 }
 """
@@ -426,7 +430,8 @@ function go(step) {
 }
 addEventListener('keydown', e => {
   if (e.ctrlKey || e.altKey || e.metaKey || e.target.closest('select, input[type=range], .wide')) return
-  const step = {ArrowRight: 1, ArrowLeft: -1}[e.key], choices = all('.map', e.target.closest('.card') ?? one('head'))
+  const card = e.target.closest('.card'), choices = card ? all('.map', card) : []
+  const step = {ArrowRight: 1, ArrowLeft: -1}[e.key]
   if (step && !e.target.matches('.map')) go(step)
   else if (choices[e.key-1]) choices[e.key-1].click()
   else return
@@ -448,21 +453,22 @@ def _page(title, sections, signed): # its photos go where the `Slot` is
     note = Noscript(P('The maps are drawn by a script, which is turned off here. The photos and answers are all there.'))
     what = 'Bright is where the model finds evidence for a class'
     if signed: what = 'Red is where the model finds evidence for a class, and blue evidence against it'
-    how = P(f'{what}; a line goes round what is above half of the scale. '
-            'The arrow keys lead from photo to photo, and 1 to 9 choose a map.', cls='soft')
-    photos = Section(H2('Photos'), note, how),_tools(signed, ramp), Section(Slot(), id='photos', aria_label='Photos')
+    how = P(f'{what}; a line goes round what is above half of the scale.', cls='soft')
+    keys = P('The arrow keys lead from photo to photo, and 1 to 9 choose a map.', cls='soft keys')
+    photos = Section(H2('Photos'), note, how, keys),_tools(signed, ramp), Section(Slot(), id='photos', aria_label='Photos')
     body = Body(Header(H1(title)), Main(*sections, *photos), Script(Safe(_js)), data_colours=colours, data_zero=zero)
     return Html(head, body, lang='en')
 
 # %% ../../nbs/46_views.report.ipynb #re000038
-def _write(out, page, explain, names, losses, signed): # `page(hm)` gives what is around the photos, `explain(use)` the photos
+def _write(out, page, explain, names, losses): # `page(hm, signed)` gives what is around the photos, `explain(use)` the photos
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as tmp, open(tmp, 'w', encoding='utf-8', errors='backslashreplace') as f:
-        end,number = None,0
+        end,signed,number = None,False,0
         def use(hm):
-            nonlocal end,number
+            nonlocal end,signed,number
             if end is None:
-                start,end = to_xml(page(hm), indent=False).split(to_xml(Slot()))
+                signed = tasks[hm.task].signed or color_scale(hm.maps)['vmin']<0
+                start,end = to_xml(page(hm, signed), indent=False).split(to_xml(Slot()))
                 f.write(start)
             for i in range_of(hm):
                 card = _card(hm, i, number+1, names[number], losses[number], signed)
@@ -519,22 +525,22 @@ def heatmap_report(self:Learner,
     asked = _ask(run, images, cls, topk, score)
     rows = _order(asked.losses, n, seed)
     pairs = _pairs(asked.task, asked.truths, asked.guesses)
-    findings = self.check_heatmaps(items, method=method, seed=seed) if check is True else check
-    signed = relu is False or (relu is None and asked.task.signed)
+    findings = self.check_heatmaps(items, method, layer, seed=seed, bs=bs) if check is True else check
     def explain(use):
         explain_images(run, images.part(rows), [f], lambda hms: use(*hms), asked.cls[rows], layer, relu, bs=bs, score=score)
-    def page(hm):
+    def page(hm, signed):
         more = [_metric(m) for m in asked.metrics]
         if None not in asked.losses: more.append(('mean loss', f'{np.mean(asked.losses):.4g}'))
         more += [('input', '×'.join(map(str, asked.shape))), ('seed', seed)]
         about = _about(self, hm, _how_many(len(rows), asked.losses), pairs, more)
         return _page(_title(self), _sections(about, findings, pairs, rows, hm.name), signed)
     names = _short(images.names)
-    return _write(out, page, explain, [names[i] for i in rows], [asked.losses[i] for i in rows], signed)
+    return _write(out, page, explain, [names[i] for i in rows], [asked.losses[i] for i in rows])
 
 # %% ../../nbs/46_views.report.ipynb #re000042
 @patch
 @delegates(Learner.heatmap_report, but='items,ds_idx,dl')
+@no_trace
 def report(self:Interpretation,
     out='report.html', # The file
     **kwargs
@@ -557,7 +563,7 @@ def report(self:Heatmaps,
     if not len(self): raise ValueError("there are no heatmaps to report")
     out,task = _check_out(out, overwrite),tasks[self.task]
     guesses,truths = zip(*[_guesses(self, i) for i in range_of(self)])
-    pairs,signed = _pairs(task, truths, guesses),color_scale(self.maps)['vmin']<0
-    about = _about(self.learn, self, f'{len(self):,}', pairs, [])
-    page = _page(_title(self.learn), _sections(about, check, pairs, range_of(self), self.name), signed)
-    return _write(out, lambda hm: page, lambda use: use(self), _short(self.images.names), [None]*len(self), signed)
+    pairs = _pairs(task, truths, guesses)
+    sections = _sections(_about(self.learn, self, f'{len(self):,}', pairs, []), check, pairs, range_of(self), self.name)
+    def page(hm, signed): return _page(_title(self.learn), sections, signed)
+    return _write(out, page, lambda use: use(self), _short(self.images.names), [None]*len(self))
