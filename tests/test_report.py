@@ -121,6 +121,12 @@ def test_top_classes_and_the_true_one(tmp_path):
     assert [o['text'].split(' 0.')[0] for o in page.all('label')[-9:]][3*cat:][:2]==[hm.name(c) for c in hm.cls[0,:2]]
 
 
+def test_only_mistakes_have_two_maps(hm, tmp_path):
+    "Whatever the order of the classes"
+    page = Page(hm.replace(cls=torch.arange(3).expand(6, 3)).report(tmp_path/'r.html'))
+    assert [o['name'] for o in page.all('input', class_='map') if 'data-beside' in o]==['map-2', 'map-6']
+
+
 @pytest.mark.slow
 def test_size(tmp_path):
     "200 photos with five maps each stay under 15 MB, also maps of pixels"
@@ -337,7 +343,7 @@ def test_memory_does_not_grow_with_photos(learn, pics, tmp_path):
         finally: tracemalloc.stop()
     peak(12)
     (few,small),(many,large) = peak(60),peak(300)
-    assert large-small>5e5 and many-few<.2*(large-small), (few, many, small, large)
+    assert large-small>5e5 and many-few<.5*(large-small), (few, many, small, large)
 
 
 def test_command_line(learn, pics, tmp_path, capsys, monkeypatch):
