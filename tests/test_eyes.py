@@ -1,6 +1,5 @@
 "What fresh eyes found in what had been mended: new features together, and what two runs do to one another."
 from conftest import *
-import subprocess,sys
 from fastai_heatmaps.cli import demo as cli_demo
 from fastai_heatmaps.cli.main import main
 from fastai_heatmaps.core.passes import recordable
@@ -33,10 +32,10 @@ assert not gc.isenabled()
 """
 
 @pytest.mark.slow
-def test_threads_do_not_wait_for_one_another_for_ever():
+def test_threads_do_not_wait_for_one_another_for_ever(forked):
     "Some Pythons, such as 3.11.7, stand still if garbage is collected while they list the frames of all threads, and a thread begins or ends"
-    res = subprocess.run([sys.executable, '-c', threads], capture_output=True, text=True)
-    assert res.returncode==0, res.stderr[-2000:]
+    rc,printed = forked(threads)
+    assert rc==0, printed[-2000:]
 
 
 def test_run_that_another_one_overtakes(learn, tmp_path, monkeypatch):
@@ -57,6 +56,17 @@ def test_manifest_with_an_input_that_is_none(learn, tmp_path):
     manifest = tmp_path/'a'/'manifest.json'
     manifest.write_text(manifest.read_text().replace('"input": 0', '"input": "x"'))
     with pytest.raises(FileExistsError, match='cannot be read as one of ours'): load_heatmaps(tmp_path/'a', learn.dls.valid)
+
+
+@pytest.mark.parametrize('number', [1, 7, -1])
+def test_manifest_with_an_input_that_is_not_there(learn, tmp_path, number):
+    "It is told when the folder is loaded, not when the first map is shown; without pictures the maps can be used"
+    hm = learn.get_heatmaps(out=tmp_path/'a')
+    manifest = tmp_path/'a'/'manifest.json'
+    manifest.write_text(manifest.read_text().replace('"input": 0', f'"input": {number}'))
+    with pytest.raises(ValueError, match='manifest.json') as e: load_heatmaps(tmp_path/'a', learn.dls.valid)
+    assert '\n' not in str(e.value)
+    if number>0: assert torch.equal(load_heatmaps(tmp_path/'a').maps, hm.maps)
 
 
 def _export(pics, tmp_path):

@@ -116,6 +116,14 @@ class Task:
         "Give the targets of a set in the form that titles need, or None where they are of another kind"
         return targs.long() if targs.ndim==1 and not targs.is_floating_point() else None
 
+    def found(self, p, thresh):
+        "Mark which classes (n, c) the model finds in images, by its predictions `p`; None where its outputs are no classes"
+        return F.one_hot(p.argmax(1), p.shape[1]).bool()
+
+    def labelled(self, targs, c):
+        "Mark which of the `c` classes images are labelled with (n, c)"
+        return F.one_hot(targs, c).bool()
+
     def says(self, name, p, c):
         "Say what the model says of class `c`, which is called `name`"
         return name + (f' {p[c]:.2f}' if 0<=p.min() and p.max()<=1 else '') # a raw output is no probability
@@ -127,14 +135,6 @@ class Task:
     def truth_of(self, t, c, name):
         "Say what is true, in a title of class `c`"
         return self.truth(t, name)
-
-    def true_classes(self, t):
-        "List the classes that are true; None where there are no classes"
-        return [int(t)]
-
-    def predicted_classes(self, p, thresh):
-        "List the classes that are predicted; None where there are no classes"
-        return [int(p.argmax())] if p.isfinite().all() else []
 
     def predicted(self, p):
         "Give the one class that is predicted, or None"
@@ -166,9 +166,9 @@ class Classes(Task):
         return targs.ndim==2 and targs.shape[1]==len(vocab)
 
     def targs(self, targs): return targs if targs.ndim==2 else None
-    def truth(self, t, name): return ', '.join(map(name, self.true_classes(t))) or 'none'
-    def true_classes(self, t): return t.nonzero().flatten().tolist()
-    def predicted_classes(self, p, thresh): return (p>thresh).nonzero().flatten().tolist()
+    def found(self, p, thresh): return p>thresh
+    def labelled(self, targs, c): return targs.bool()
+    def truth(self, t, name): return ', '.join(name(c) for c in t.nonzero().flatten().tolist()) or 'none'
     def right(self, p, t, c, shown, thresh): return bool(p[c]>thresh)==bool(t[c])
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000012
@@ -183,11 +183,10 @@ class Numbers(Task):
         return _is_loss(loss_func, _distances) or vocab is None and targs is not None and targs.is_floating_point()
 
     def targs(self, targs): return targs.flatten(1) if targs.ndim>1 else targs
+    def found(self, p, thresh): return None
     def says(self, name, p, c): return f'{name}: {p[c]:.3g}'
     def truth(self, t, name): return ', '.join(f'{float(o):.3g}' for o in t.reshape(-1)[:4]) + (' ...' if t.numel()>4 else '')
     def truth_of(self, t, c, name): return f'{float(t.reshape(-1)[c]):.3g}'
-    def true_classes(self, t): return
-    def predicted_classes(self, p, thresh): return
     def right(self, p, t, c, shown, thresh): return None
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000013

@@ -57,7 +57,8 @@ def show_overlay(
     h,w = img.shape[-2:]
     if ctx is None: ctx = plt.subplots(figsize=figsize or (4*w/h, 4), layout='compressed')[1]
     show_image(img, ctx=ctx, cmap='gray')
-    lay_map(ctx, hmap, alpha, interpolation, cmap=cmap or scale['cmap'], vmin=ifnone(vmin, scale['vmin']), vmax=ifnone(vmax, scale['vmax']))
+    limits = dict(vmin=ifnone(vmin, scale['vmin']), vmax=ifnone(vmax, scale['vmax']))
+    lay_map(ctx, hmap, alpha, interpolation, cmap=cmap or scale['cmap'], **limits)
     return ctx
 
 # %% ../../nbs/22_data.draw.ipynb #e289080b

@@ -51,17 +51,22 @@ def _photo(img, alt, most=320): # `img` as from `Heatmaps.image`
     return Img(src=f'data:image/jpeg;base64,{_text(buf.getvalue())}', alt=alt, width=im.width, height=im.height)
 
 # %% ../../nbs/46_views.report.ipynb #re000016
-def _guesses(hm, i): # the classes predicted of photo `i`, and the true ones; None where there are none or none are known
-    task = tasks[hm.task]
-    return task.predicted_classes(hm.preds[i], hm.thresh),None if hm.targs is None else task.true_classes(hm.targs[i])
+def _answers(task, preds, targs, thresh): # the classes predicted of each photo, and the true ones; None where none are known
+    def classes(marks): return [o.nonzero().flatten().tolist() for o in marks]
+    found,unknown = task.found(preds, thresh),[None]*len(preds)
+    if found is None: return unknown,unknown
+    return classes(found),unknown if targs is None else classes(task.labelled(targs, preds.shape[1]))
+
+def _answers_to(hm, i): # the same of one photo
+    return [o[0] for o in _answers(tasks[hm.task], hm.preds[i:i+1], None if hm.targs is None else hm.targs[i:i+1], hm.thresh)]
 
 def _listed(hm, classes, kind, say): # the names of `classes`, of the `kind` 'predicted' or 'truth', as `say(c)` says them
     names = [ft('bdi', say(c), cls=kind, data_class=c, data_name=hm.name(c)) for c in classes]
     return [o for name in names for o in (', ', name)][1:] or ['none']
 
-def _answer(hm, i, loss): # what is said of photo `i`, and what is true of it
+def _says(hm, i, loss): # what is said of photo `i`, and what is true of it
     task,p,rows = tasks[hm.task],hm.preds[i],{}
-    guesses,truths = _guesses(hm, i)
+    guesses,truths = _answers_to(hm, i)
     if guesses is not None: rows['predicted'] = _listed(hm, guesses, 'predicted', lambda c: task.says(hm.name(c), p, c))
     if truths is not None: rows['truth'] = _listed(hm, truths, 'truth', hm.name)
     elif hm.targs is not None: rows['truth'] = [hm.truth(i)]
@@ -72,7 +77,7 @@ def _answer(hm, i, loss): # what is said of photo `i`, and what is true of it
 
 # %% ../../nbs/46_views.report.ipynb #re000017
 def _tags(hm, i, j): # what has to be said of a map besides its class
-    m,truths = hm.maps[i][j],_guesses(hm, i)[1]
+    m,(_,truths) = hm.maps[i][j],_answers_to(hm, i)
     if int(hm.cls[i,j]) in (truths or ()): yield Small(' · truth', cls='right')
     if not m.any(): yield Small(' · no evidence')
     if not m.isfinite().all(): yield Small(' · no map: its values are not finite')
@@ -80,7 +85,7 @@ def _tags(hm, i, j): # what has to be said of a map besides its class
 
 def _choice(hm, i, j, number, cells, share): # one of the maps of photo `i`, to be chosen; `cells` and `share` as from `_bytes`
     task,c = tasks[hm.task],int(hm.cls[i,j])
-    guesses,truths = _guesses(hm, i)
+    guesses,truths = _answers_to(hm, i)
     beside = j>0 and task.one_class and guesses!=truths==[c] # a mistake shows the map of the true class as well
     data = dict(data_map=_text(cells.numpy().tobytes()), data_share=f'{share if task.ranked else 1:.3f}', data_beside=beside)
     return Label(Input(type='radio', name=f'map-{number}', cls='map', checked=j==0, **data),
@@ -93,7 +98,7 @@ def _card(hm, i, number, name, loss, signed): # photo `i`
     choices = [_choice(hm, i, j, number, *o) for j,o in enumerate(zip(cells, share))]
     return Article(H3(f'{number}\u2002', ft('bdi', name)),
                    Div(Figure(Div(photo, canvas), Figcaption(), cls='panel'), cls='panels'),
-                   _answer(hm, i, loss), Fieldset(Legend('Map of'), *choices),
+                   _says(hm, i, loss), Fieldset(Legend('Map of'), *choices),
                    id=f'photo-{number}', cls='card', tabindex=-1, data_rows=cells.shape[1], data_cols=cells.shape[2])
 
 # %% ../../nbs/46_views.report.ipynb #re000019
@@ -150,7 +155,7 @@ def _classes(ran, truths, topk): # which classes a report shows of a batch: the 
     k = min(topk, p.shape[1])
     if not ran.task.ranked: return torch.arange(k).expand(len(p), k)
     first = p.clone()
-    for row,cs in zip(first, truths or ()): row[cs or []] += 2
+    for row,cs in zip(first, truths): row[cs or []] += 2
     idxs = first.topk(k).indices
     return idxs.gather(1, p.gather(1, idxs).argsort(descending=True, stable=True))
 
@@ -162,13 +167,13 @@ def _ask(learn, images, cls, topk, score): # `learn` as from `shadow`
     def use(ran):
         n,task = len(ran.x),ran.task
         targs = None if ran.targs is None else task.targs(to_cpu(ran.targs.as_subclass(Tensor)))
-        truths = None if targs is None else [task.true_classes(t) for t in targs]
+        guesses,truths = _answers(task, ran.probs.cpu(), targs, thresh)
         yb = learn.yb if images.labels is None else (ran.targs.to(ran.x.device),)
         if len(learn.yb):
             res.metrics = metrics
             for m in metrics: m.accumulate(learn)
-        res.guesses += [task.predicted_classes(p, thresh) for p in ran.probs.cpu()]
-        res.truths += truths or [None]*n
+        res.guesses += guesses
+        res.truths += truths
         res.losses += _losses(learn, yb, n) if len(yb) else [None]*n
         res.cls.append(_classes(ran, truths, topk) if cls is None else ran.pick(cls).cpu())
         res.task,res.shape = task,ran.x.shape[1:]
@@ -562,7 +567,7 @@ def report(self:Heatmaps,
     "Write these heatmaps as a report for the browser"
     if not len(self): raise ValueError("there are no heatmaps to report")
     out,task = _check_out(out, overwrite),tasks[self.task]
-    guesses,truths = zip(*[_guesses(self, i) for i in range_of(self)])
+    guesses,truths = _answers(task, self.preds, self.targs, self.thresh)
     pairs = _pairs(task, truths, guesses)
     sections = _sections(_about(self.learn, self, f'{len(self):,}', pairs, []), check, pairs, range_of(self), self.name)
     def page(hm, signed): return _page(_title(self.learn), sections, signed)
