@@ -134,7 +134,7 @@ def _where_wrong(pairs, rows, name): # `pairs`: the truth and the prediction of 
     classes = sorted({c for pair in pairs for c in pair})
     table = _matrix(counts, classes, places, name) if len(classes)<=50 else _confusions(counts, places, name)
     more = '' if len(rows)==len(pairs) else f' All {len(pairs):,} photos are counted, and {len(rows):,} of them are below.'
-    return Section(H2('Confusion matrix'), P(f'A number leads to its photos.{more}', cls='soft'),
+    return Section(H2('Confusion matrix'), P(f'An underlined number leads to its photos.{more}', cls='soft'),
                    _scrolled(table, 'Confusion matrix'))
 
 # %% ../../nbs/46_views.report.ipynb #re000024
