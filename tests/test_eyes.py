@@ -82,15 +82,15 @@ def test_grid_writes_over_grids_only(pics, tmp_path, capsys, kind):
     mine = tmp_path/f'mine.{kind}'
     mine.write_bytes(b'no grid')
     assert main([*args, str(mine)])==1 and mine.read_bytes()==b'no grid'
-    assert 'no picture that this package drew' in capsys.readouterr().err
+    assert 'was not made by this package' in capsys.readouterr().err
 
 
 def test_demo_leaves_other_pages_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_demo, 'demo_pictures', lambda: [('one', 'a line', lambda: plt.plot([1,2]))])
+    monkeypatch.setattr(cli_demo, 'demo_pictures', lambda learn: [('one', 'a line', lambda: plt.plot([1,2]))])
     page = cli_demo.demo(tmp_path/'d')
-    assert is_drawn(page) and is_drawn(page.with_name('one.png'))
+    assert all(is_drawn(page.with_name(o)) for o in ('index.html', 'report.html', 'one.png'))
     cli_demo.demo(tmp_path/'d')
-    for name in ('index.html', 'one.png'):
+    for name in ('index.html', 'report.html', 'one.png'):
         (tmp_path/name).write_text('mine')
         with pytest.raises(FileExistsError, match='left as it is'): cli_demo.demo(tmp_path)
         assert [o.name for o in tmp_path.iterdir() if o.is_file()]==[name] and (tmp_path/name).read_text()=='mine'

@@ -18,6 +18,7 @@ _page = """<!doctype html>
 img {{ max-width: 100%; max-height: 520px }} figcaption {{ color: #555 }}</style>
 <h1>fastai_heatmaps</h1>
 <p>Why does a model answer as it does? EfficientNet-Lite0, trained on ImageNet, on photos that ship with scikit-image.</p>
+<p>Three of them, with classes to choose from, are in a <a href="report.html">report</a>.</p>
 {figures}
 </html>
 """
@@ -32,11 +33,11 @@ def demo_page(
     return _page.format(version=__version__, figures='\n'.join(figure(name, escape(text)) for name,text in pictures.items()))
 
 # %% ../../nbs/72_cli.demo.ipynb #cd000007
-def demo_pictures(): # Yields name, caption, and a function that draws on a new figure
+def demo_pictures(
+    learn # As from `demo_learner`
+): # Yields name, caption, and a function that draws on a new figure
     "List the pictures of the demo"
-    from fastai_heatmaps.all import demo_learner, demo_image, demo_labels, ProgressCallback
-    learn = demo_learner()
-    learn.remove_cb(ProgressCallback)
+    from fastai_heatmaps.all import demo_image, demo_labels
     for o in demo_labels:
         yield (f'activations-{o}', f'where the body fires on the {o}, whatever the class',
                lambda: learn.show_activations(demo_image(o)))
@@ -52,17 +53,20 @@ def demo_pictures(): # Yields name, caption, and a function that draws on a new 
 
 # %% ../../nbs/72_cli.demo.ipynb #c100002a
 def demo(
-    out='heatmaps-demo' # The folder for the pictures and a page of them, index.html
+    out='heatmaps-demo' # The folder for the pictures, a page of them, index.html, and a report, report.html
 ) -> Path: # The page
     "Draw activations and Grad-CAM of a pretrained model on photos of scikit-image"
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from fastai_heatmaps.all import demo_learner, ProgressCallback
     from fastai_heatmaps.data.drawn import is_drawn
     from fastai_heatmaps.data.files import marked_exif
-    out,pictures = Path(out),list(demo_pictures())
-    page,done = out/'index.html',{}
-    for o in (page, *[out/f'{name}.png' for name,_,_ in pictures]):
+    learn = demo_learner()
+    learn.remove_cb(ProgressCallback)
+    out,pictures = Path(out),list(demo_pictures(learn))
+    page,report,done = out/'index.html',out/'report.html',{}
+    for o in (page, report, *[out/f'{name}.png' for name,_,_ in pictures]):
         if o.exists() and not is_drawn(o):
             raise FileExistsError(f"{o} was not made by this package, and is left as it is: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -72,6 +76,8 @@ def demo(
         plt.close('all')
         done[f'{name}.png'] = text
         print(f'{out/name}.png: {text}')
+    learn.heatmap_report(report, overwrite=True)
+    print(f'{report}: three photos as a report')
     page.write_text(demo_page(done), encoding='utf-8')
     print(f'{page}: all of them on a page')
     return page
