@@ -51,12 +51,13 @@ def heatmap_method(
     name:str, # What users write as `method='...'`
     needs:str=None, # As in the table above; None = 'activations' or 'gradients', by the number of its parameters
     cost:str='', # In passes of the model, for the table
-    during:callable=None # A context for the forward pass
+    during:callable=None, # A context for the forward pass
+    pixels:bool=False # Is it a map of single pixels, to be drawn without the photo?
 ):
     "Decorate a function to make it known as `method=name`; it must not change its arguments, and its own options have defaults"
     if needs not in (None, *_needs): raise ValueError(f"needs is {needs!r}; expected one of {', '.join(_needs)}")
     def _inner(f):
-        f.needs,f.cost,f.during = needs or needs_of(f),cost,during
+        f.needs,f.cost,f.during,f.pixels = needs or needs_of(f),cost,during,pixels
         heatmap_methods[name] = f
         return f
     return _inner
