@@ -130,11 +130,14 @@ def _points(text, size): # how wide it is
     return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0]
 
 # %% ../../nbs/22_data.draw.ipynb #dr000044
-def _wrap(line, width, size): # lines that are as wide as `width` points at most, if none of its words is wider
+def _wrap(line, width, size): # lines that are as wide as `width` points at most
     lines = ['']
     for word in re.split(r'(?<=[ /_])', line):
         if lines[-1] and _points((lines[-1]+word).rstrip(' '), size)>width: lines.append('')
         lines[-1] += word
+        while _points(lines[-1].rstrip(' '), size)>width+1: # a word that is wider by itself
+            n = next(n for n in range(len(lines[-1])-1, 0, -1) if n==1 or _points(lines[-1][:n], size)<=width)
+            lines[-1:] = lines[-1][:n],lines[-1][n:]
     return [l.rstrip(' ') for l in lines]
 
 # %% ../../nbs/22_data.draw.ipynb #dr000041
