@@ -111,11 +111,13 @@ def logo_learner(
 ) -> Learner: # Without a progress bar
     "Train a model to tell a ginger cat from a grey one"
     rng,train = np.random.default_rng(0),[]
-    for coat,k in dict(ginger=ginger, grey=grey).items(): train += logo_items(k, coat, True, rng) + logo_items(24-k, coat, False, rng)
+    for coat,k in dict(ginger=ginger, grey=grey).items():
+        train += logo_items(k, coat, True, rng) + logo_items(24-k, coat, False, rng)
     rng,valid = np.random.default_rng(1),[]
-    for n,coat,logo in (5,'ginger',False),(5,'grey',True),(3,'ginger',True),(3,'grey',False): valid += logo_items(n, coat, logo, rng)
-    block = DataBlock((ImageBlock, CategoryBlock), get_x=logo_photo, get_y=itemgetter('coat'), splitter=IndexSplitter(range(48, 64)),
-                      batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
+    for n,coat,logo in (5,'ginger',False),(5,'grey',True),(3,'ginger',True),(3,'grey',False):
+        valid += logo_items(n, coat, logo, rng)
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=logo_photo, get_y=itemgetter('coat'),
+                      splitter=IndexSplitter(range(48, 64)), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
     set_seed(0)
     dls = block.dataloaders(train+valid, bs=16, num_workers=0, device='cpu')
     body,head = demo_model()[0],nn.Linear(1280, 2)

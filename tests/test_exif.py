@@ -41,6 +41,12 @@ def small(pics):
     return pic_learner(pics, squeezenet1_1, size=(48,80))
 
 
+class Both(Module):
+    "Two pictures by one model"
+    def __init__(self, model): self.model = model
+    def forward(self, a, b): return self.model(a)+self.model(b)
+
+
 def near(a, scene): return a.shape==scene.shape and abs(np.asarray(a, dtype=float)-scene).max()<12 # but for JPEG
 
 
@@ -98,6 +104,33 @@ def test_told_once(photos, small):
     told(lambda: small.get_heatmaps([Image.open(o) for o in files]), 0)
 
 
+class Turn(Transform):
+    "A user's own, of any place among the transforms"
+    def encodes(self, o:Image.Image): return open_image(o, upright=True)
+
+@pytest.mark.parametrize('block', ['one', 'two'])
+def test_told_of_sets(photos, block):
+    "The sets of a Learner, whose photos it opens itself: one warning a run; none where none were stored turned, or the user's transforms turn them"
+    get_x = dict(one=[noop], two=[noop, noop])[block]
+    def learner(files, **kwargs):
+        blocks = (ImageBlock,)*len(get_x) + (CategoryBlock,)
+        block = DataBlock(blocks, getters=[*get_x, lambda o: 'a'], n_inp=len(get_x), splitter=IndexSplitter(range(4)), **kwargs)
+        model = create_vision_model(squeezenet1_1, 1, pretrained=False)
+        model = model if len(get_x)==1 else Both(model)
+        return Learner(block.dataloaders(files, bs=2, num_workers=0, device='cpu'), model, loss_func=MSELossFlat())
+    turned = [photos[o] for o in (1,1,8,3,1,1)]
+    learn = learner(turned, item_tfms=Resize(48))
+    before = str(learn.dls.valid.after_item)
+    hm = told(learn.get_heatmaps)
+    told(learn.get_heatmaps)
+    told(lambda: learn.get_heatmaps(dl=hm.dl))
+    told(lambda: learn.get_heatmaps(ds_idx=0), 0)
+    told(lambda: learn.get_heatmaps(dl=learn.dls.test_dl(turned)))
+    assert str(learn.dls.valid.after_item)==before
+    told(learner([photos[1]]*6, item_tfms=Resize(48)).get_heatmaps, 0)
+    told(learner(turned, item_tfms=[Turn, Resize(48)]).get_heatmaps, 0)
+
+
 def opener(dl):
     opens, = [o for o in dl.dataset.tls[0].tfms.fs if isinstance(o, OpenImage)]
     return opens
@@ -108,16 +141,19 @@ def test_told_by_workers(photos, pics):
     "One photo of 40, opened by a worker: this process warns once, and the file that they share is closed again"
     learn = pic_learner(pics, squeezenet1_1)
     dl = image_dl(learn.dls, [photos[1]]*37 + [photos[6]] + [photos[1]]*2).new(num_workers=2)
-    opens = opener(dl)
-    opens.met_turned.share_memory_() # as `image_dl` does where there are workers
+    note = opener(dl).note
+    note.met.share_memory_() # as `image_dl` does where there are workers
     told(lambda: learn.get_heatmaps(dl=dl))
-    assert not opens.met_turned.is_shared()
+    assert not note.met.is_shared()
+    block = DataBlock((ImageBlock, CategoryBlock), get_y=lambda o: o.stem=='1', splitter=RandomSplitter(seed=1), item_tfms=Resize(64))
+    learn.dls = block.dataloaders([*photos.values()]*5, bs=2, num_workers=2, device='cpu')
+    told(learn.get_heatmaps)
 
 
 def test_shared_where_there_are_workers(photos, small):
     for n in (0, 2):
         dls = DataLoaders(*[o.new(num_workers=n) for o in small.dls.loaders])
-        assert opener(image_dl(dls, [photos[1]]*9)).met_turned.is_shared()==(n>0)
+        assert opener(image_dl(dls, [photos[1]]*9)).note.met.is_shared()==(n>0)
 
 
 @pytest.fixture

@@ -59,6 +59,17 @@ def test_manifest_with_an_input_that_is_none(learn, tmp_path):
     with pytest.raises(FileExistsError, match='cannot be read as one of ours'): load_heatmaps(tmp_path/'a', learn.dls.valid)
 
 
+@pytest.mark.parametrize('number', [1, 7, -1])
+def test_manifest_with_an_input_that_is_not_there(learn, tmp_path, number):
+    "It is told when the folder is loaded, not when the first map is shown; without pictures the maps can be used"
+    hm = learn.get_heatmaps(out=tmp_path/'a')
+    manifest = tmp_path/'a'/'manifest.json'
+    manifest.write_text(manifest.read_text().replace('"input": 0', f'"input": {number}'))
+    with pytest.raises(ValueError, match='manifest.json') as e: load_heatmaps(tmp_path/'a', learn.dls.valid)
+    assert '\n' not in str(e.value)
+    if number>0: assert torch.equal(load_heatmaps(tmp_path/'a').maps, hm.maps)
+
+
 def _export(pics, tmp_path):
     pic_learner(pics).export(tmp_path/'e.pkl')
     return str(tmp_path/'e.pkl'),str(pics)

@@ -149,7 +149,8 @@ def _draw_grid(hm, files, out): # as one picture, each image with the name of it
 def _check_file(out, overwrite): # may the grid be written there?
     if not out.exists(): return
     if not overwrite: raise FileExistsError(f"{str(out)!r} exists: choose another name, or add --overwrite")
-    if not is_drawn(out): raise FileExistsError(f"{str(out)!r} is no picture that this package drew, and is left as it is: choose another name")
+    if is_drawn(out): return
+    raise FileExistsError(f"{str(out)!r} is no picture that this package drew, and is left as it is: choose another name")
 
 # %% ../../nbs/73_cli.main.ipynb #c1000027
 def save_grid(

@@ -231,7 +231,8 @@ def no_map(
     maps,_ = usable_layers(model, *xb)
     if maps: return ValueError(f"{what}: choose a layer that puts out a map (n, C, h, w), such as {_some(maps)}")
     return ValueError(f"{what}: no layer of this {model._get_name()} puts out a map (n, C, h, w) of its input, "
-                      "or tokens of its patches; heatmaps of a layer need an image model with a convolutional body, or a vision transformer")
+                      "or tokens of its patches; heatmaps of a layer need an image model with a convolutional body, "
+                      "or a vision transformer")
 
 # %% ../../nbs/02_core.layers.ipynb #67903ebe
 @no_trace
@@ -245,8 +246,8 @@ def default_layer(
     if not maps: raise no_map('there is no default layer', model, *xb)
     name = last(maps)
     if not sure:
-        warn(f"it is not certain that the maps of this {model._get_name()} show what is where: a change in one place of the picture "
-             f"does not show most there. The default is '{name}'; if it looks wrong, name another layer, such as {_some(maps)}")
+        warn(f"it is not certain that the maps of this {model._get_name()} show what is where: "
+             f"a change in one place of the picture does not show most there. The default is '{name}'; if it looks wrong, name another layer, such as {_some(maps)}")
     return model.get_submodule(name)
 
 # %% ../../nbs/02_core.layers.ipynb #9cf3e184
@@ -324,4 +325,5 @@ def check_channels(
 ):
     "Raise ValueError unless each of `channels` is one of the layer's"
     for i in channels:
-        if not isinstance(i, (int, np.integer)) or not 0<=i<c: raise ValueError(f"no channel {i!r} in {name}: it has {c}, 0 to {c-1}")
+        if isinstance(i, (int, np.integer)) and 0<=i<c: continue
+        raise ValueError(f"no channel {i!r} in {name}: it has {c}, 0 to {c-1}")

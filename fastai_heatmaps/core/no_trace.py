@@ -68,7 +68,8 @@ def _unlock(): # if an interrupt kept this thread from doing so
     except RuntimeError: pass # this thread does not hold it, or no longer
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000014
-_waiting = {'threading', 'ipykernel', 'IPython', 'jupyter_client', 'zmq', 'tornado', 'tqdm', 'execnet', 'debugpy', '_pydevd_bundle'}
+_waiting = {'threading', 'ipykernel', 'IPython', 'jupyter_client', 'zmq', 'tornado', 'tqdm', 'execnet', 'debugpy',
+            '_pydevd_bundle'}
 
 def _waits(thread): # is it one of those that Jupyter and the like keep in the background?
     does = getattr(thread, '_target', None) or type(thread)

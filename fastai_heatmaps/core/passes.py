@@ -83,7 +83,8 @@ def check_hook(
     if isinstance(h, InputHook):
         if is_tensor and a.requires_grad: return
         if is_tensor and a.ndim!=4: raise no_pictures(a)
-        raise ValueError(f"the model's input is {a.dtype if is_tensor else a_thing}, which has no gradients: pass floating point images")
+        raise ValueError(f"the model's input is {a.dtype if is_tensor else a_thing}, which has no gradients: "
+                         "pass floating point images")
     if as_map(a, xb[0]) is not None and len(a)==len(xb[0]): return
     name = layer_names(model, [h.m])[0]
     if a is None: raise ValueError(f"layer '{name}' did not run in the forward pass: choose one that does")

@@ -53,7 +53,8 @@ def check_per_image(
 ):
     "Raise ValueError if `cls` has another length"
     if len(cls)==n: return
-    raise ValueError(f"cls has {len(cls)} indices for {n} images; a tensor names one class for each image, a list several for all")
+    raise ValueError(f"cls has {len(cls)} indices for {n} images; "
+                     "a tensor names one class for each image, a list several for all")
 
 # %% ../../nbs/03_core.targets.ipynb #bc2cde7c
 def as_list(

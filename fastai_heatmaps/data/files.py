@@ -170,7 +170,8 @@ def _check_folder(folder, rows, fresh): # may the pictures of `rows` be written 
     if table.exists() and 'overlay' not in table.read_text('utf-8', errors='replace').split('\n')[0].split(','):
         raise FileExistsError(f"{table} is a table of other things: choose another folder")
     there = [r[k] for r in rows for k in _kinds if (folder/r[k]).exists()]
-    if there and fresh: raise FileExistsError(f"{folder/there[0]} is there already: choose another folder, or pass overwrite=True")
+    if there and fresh:
+        raise FileExistsError(f"{folder/there[0]} is there already: choose another folder, or pass overwrite=True")
     ours = {o[k] for o in _rows_in(table) for k in _kinds if k in o} if there else ()
     for o in there:
         if o not in ours and not is_drawn(folder/o):

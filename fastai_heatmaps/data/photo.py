@@ -125,7 +125,8 @@ def original(
     del mark
     if _told(grey, on_photo(x[0], there, grey.shape))<.2:
         raise ValueError("on='original' cannot tell where the points of a photo are in what the model saw: one of the transforms "
-                         "moves pictures but no points, or blurs them too much; give it an `encodes` for TensorPoint, or leave `on` out")
+                         "moves pictures but no points, or blurs them too much; give it an `encodes` for TensorPoint, "
+                         "or leave `on` out")
     return small or _open(dl, i),grid
 
 # %% ../../nbs/21_data.photo.ipynb #ph000001

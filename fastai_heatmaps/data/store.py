@@ -8,6 +8,7 @@ __all__ = ['plain', 'digest', 'write_part', 'read_part', 'FolderTaken', 'read_ru
 
 # %% ../../nbs/25_data.store.ipynb #d7ad2a09
 from fastai.vision.all import *
+from ..core.layers import tensors_in
 from .images import Images
 from .heatmaps import Heatmaps
 from .files import locked, temp_files, whole_file
@@ -88,18 +89,21 @@ def read_part(
         with np.load(file, allow_pickle=False) as z: return _as_heatmaps(dict(z.items()), n, run)
     except Exception as e: # anything may be in the file
         reason = ' '.join(str(e).split()) or type(e).__name__
-        raise ValueError(f"{file} is damaged ({reason}): run get_heatmaps with the same arguments again, which makes it anew") from None
+        raise ValueError(f"{file} is damaged ({reason}): "
+                         "run get_heatmaps with the same arguments again, which makes it anew") from None
 
 # %% ../../nbs/25_data.store.ipynb #99e2ddea
 class FolderTaken(FileExistsError, ValueError):
     "A folder that holds something else, and is left as it is"
 
+def _is_place(o): return type(o)==int and o>=0
+
 def _is_run(run): # is this what `run_info` writes?
     n,part,places,names = [run[k] for k in ('n', 'part', 'places', 'names')]
     return (type(n)==type(part)==int and part>0 and type(places)==type(names)==list and len(places)==len(names)==n>0
-            and all(type(o)==int and o>=0 for o in places) and all(isinstance(o, str) for o in names)
+            and all(map(_is_place, places)) and all(isinstance(o, str) for o in names)
             and isinstance(run['vocab'], (list, type(None))) and type(run['thresh']) in (int, float)
-            and isinstance(run['items'], str) and isinstance(run['samples'], list) and type(run.get('input', 0))==int)
+            and isinstance(run['items'], str) and isinstance(run['samples'], list) and _is_place(run.get('input', 0)))
 
 def read_run(
     folder:Path # Of the store
@@ -211,6 +215,10 @@ def open_store(
         yield [o for o in _parts(run) if o not in there]
 
 # %% ../../nbs/25_data.store.ipynb #36c57661
+def _has_input(images): # does their DataLoader give the picture that is explained?
+    xs = tensors_in(images.batch(0)[:getattr(images.dl, 'n_inp', 1)])
+    return images.input<len(xs) and xs[images.input].ndim==4
+
 def load_heatmaps(
     folder, # As given to `get_heatmaps` as `out`
     dl:DataLoader=None # The DataLoader that the images came from, to show them: `learn.dls.valid`, or `learn.dls.test_dl(files)`
@@ -227,6 +235,9 @@ def load_heatmaps(
     if dl is not None and (len(dl.dataset)<=max(places) or digest(images.items)!=run['items'] or samples(images)!=run['samples']):
         raise ValueError(f"dl has other images than {folder}, or other transforms: "
                          "pass the DataLoader that the heatmaps were made of")
+    if dl is not None and not _has_input(images):
+        raise ValueError(f"{folder} has a damaged manifest.json: it names input {images.input}, which is no picture of dl; "
+                         "make the heatmaps anew, in another folder")
     hms = [read_part(folder, a, b-a, run) for a,b in parts]
     try: return Heatmaps.join(hms, images)
     except (RuntimeError, KeyError):

@@ -122,8 +122,8 @@ def cam(
     for here,*others in zip(probe.gradients(), *elsewhere):
         w = here.mean((2,3), keepdim=True)
         if any((g-w).abs().max()>tol*w.abs().max() for g in (here, *others)):
-            raise ValueError("CAM is only defined for a head that is a mean over the map and one linear layer, and this one is not: "
-                             "use 'gradcam', which equals it there and works everywhere")
+            raise ValueError("CAM is only defined for a head that is a mean over the map and one linear layer, "
+                             "and this one is not: use 'gradcam', which equals it there and works everywhere")
         res.append((w*acts).sum(1)*acts.shape[2:].numel())
     return torch.stack(res, 1)
 
