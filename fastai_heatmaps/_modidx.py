@@ -1150,6 +1150,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'fastai_heatmaps/views/interpret.py'),
                                                  'fastai_heatmaps.views.interpret._item_dl': ( 'views.interpret.html#_item_dl',
                                                                                                'fastai_heatmaps/views/interpret.py'),
+                                                 'fastai_heatmaps.views.interpret._make_room': ( 'views.interpret.html#_make_room',
+                                                                                                 'fastai_heatmaps/views/interpret.py'),
                                                  'fastai_heatmaps.views.interpret._one_class': ( 'views.interpret.html#_one_class',
                                                                                                  'fastai_heatmaps/views/interpret.py'),
                                                  'fastai_heatmaps.views.interpret._panels': ( 'views.interpret.html#_panels',

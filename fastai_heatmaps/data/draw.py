@@ -47,10 +47,10 @@ def _fading(cmap, signed): # a copy of a colormap, clear at zero
 # %% ../../nbs/22_data.draw.ipynb #dr000034
 def styled(
     signed, # Are there colours for negative values?
-    style=None, # A name in `styles`: 'fade', 'even' or 'pixels'; None = 'fade'
-    alpha=None, # Opacity of the map: 0 to 1
-    cmap=None, # A matplotlib colormap
-    interpolation=None # How the cells are enlarged, as in `lay_map`
+    alpha=None, # As in `lay_map`
+    cmap=None, # As in `lay_map`
+    interpolation=None, # As in `lay_map`
+    style=None # A name in `styles`; None = 'fade'
 ) -> dict: # `cmap`, `alpha`, `interpolation` and `line`
     "Complete a style: what is None is the style's own"
     style = style or 'fade'
@@ -85,7 +85,7 @@ def lay_map(
     style=None # 'fade' = as opaque as it is strong, a line round what is above half of the scale; 'even' = equally opaque; 'pixels' = hides the photo
 ): # What `imshow` returns
     "Draw `hmap` over the picture on `ax`, edge on edge"
-    look,extent = styled(vmin<0, style, alpha, cmap, interpolation),ax.images[-1].get_extent()
+    look,extent = styled(vmin<0, alpha, cmap, interpolation, style),ax.images[-1].get_extent()
     how,line = look.pop('interpolation'),look.pop('line')
     im = ax.imshow(hmap, extent=extent, vmin=vmin, vmax=vmax, interpolation='catrom' if how=='bicubic' else how, **look)
     if line: _half_line(ax, hmap, extent, vmin, vmax, how)
