@@ -1070,8 +1070,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastai_heatmaps/views/compare.py'),
                                                'fastai_heatmaps.views.compare._load': ( 'views.compare.html#_load',
                                                                                         'fastai_heatmaps/views/compare.py'),
-                                               'fastai_heatmaps.views.compare._method_name': ( 'views.compare.html#_method_name',
-                                                                                               'fastai_heatmaps/views/compare.py'),
                                                'fastai_heatmaps.views.compare._name_row': ( 'views.compare.html#_name_row',
                                                                                             'fastai_heatmaps/views/compare.py'),
                                                'fastai_heatmaps.views.compare._place': ( 'views.compare.html#_place',

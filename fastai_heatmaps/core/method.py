@@ -137,7 +137,8 @@ def get_method(
     known = isinstance(method, str) and method in heatmap_methods
     if not known and not callable(method): raise _unknown(method)
     f = heatmap_methods[method] if known else method
-    name = method if known else getattr(f, '__name__', type(f).__name__)
+    base = getattr(f, 'func', f) # inside a partial
+    name = next((n for n,o in heatmap_methods.items() if o is base), None) or getattr(base, '__name__', type(base).__name__)
     if options:
         has = [n for n,p in signature(f).parameters.items() if p.default is not p.empty]
         wrong = [n for n in options if n not in has]

@@ -51,10 +51,6 @@ def _at_layers(learn, img, f, cls, layers, relu, topk, input, **kwargs): # the `
     return [Heatmaps.of(ran.at(h), f, idxs, relu, images) for h in ran.hooks]
 
 # %% ../../nbs/41_views.compare.ipynb #fb7e056d
-def _method_name(o):
-    if isinstance(o, str): return o
-    return getattr(getattr(o, 'func', o), '__name__', str(o)) # of a partial, that of its function
-
 def _layer_name(hm): return f'{hm.layer}\n{hm.maps.shape[2]}×{hm.maps.shape[3]}'
 
 # %% ../../nbs/41_views.compare.ipynb #cm000012
@@ -130,7 +126,7 @@ def compare_heatmaps(self:Learner,
     ask = dict(relu=relu, topk=topk, bs=bs, score=score, input=input)
     if by_layer: hms = _at_layers(self, img, get_method(ifnone(method, 'gradcam'), **options), cls, rows, **ask)
     else: hms = _by_methods(self, img, [get_method(m, **options) for m in rows], cls, layer, **ask)
-    names = [_layer_name(hm) for hm in hms] if by_layer else [_method_name(m) for m in rows]
+    names = [_layer_name(hm) if by_layer else hm.method for hm in hms]
     return _draw_compared(hms, names, figsize, transpose, same_scale, colorbar, looks)
 
 # %% ../../nbs/41_views.compare.ipynb #cm000014
