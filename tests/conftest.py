@@ -3,7 +3,7 @@ import os
 os.environ['OMP_NUM_THREADS'] = '1' # the tests run in one process a core; so do the processes that they start, which would wait for each other else
 import matplotlib
 matplotlib.use('Agg')
-import gc, numpy as np, pytest, torch
+import gc, subprocess, sys, numpy as np, pytest, torch
 from fastai.vision.all import *
 from fastai_heatmaps.all import *
 from fastai_heatmaps.data.images import Images
@@ -52,6 +52,20 @@ def pic_learner(pics, arch=resnet18, bs=4, loss_func=None, cbs=None, **kwargs):
     set_seed(7)
     dls = pic_block(get_items=get_image_files, **kwargs).dataloaders(pics, bs=bs, num_workers=0, device='cpu')
     return vision_learner(dls, arch, pretrained=False, normalize=False, loss_func=loss_func, metrics=accuracy, cbs=cbs)
+
+
+@pytest.fixture(scope='session')
+def forked(tmp_path_factory):
+    "Runs a notebook, as `nbdev-test` does, or a script, or code, in a process of its own where fastai is imported already: gives its exit code, and what it prints"
+    tests = Path(__file__).parent
+    keep = {'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**30)} # glibc gives memory back after each pass of a model else
+    with subprocess.Popen([sys.executable, tests/'forked.py'], cwd=tests.parent, env={**os.environ, **keep}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        def run(what, *args):
+            path = tmp_path_factory.mktemp('forked')
+            if '\n' in str(what): (path/'script.py').write_text(what, 'utf-8')
+            print(path/'log', path/'script.py' if '\n' in str(what) else what, *args, sep='\t', file=p.stdin, flush=True)
+            return int(p.stdout.readline()), (path/'log').read_text('utf-8')
+        yield run
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 "What fresh eyes found in what had been mended: new features together, and what two runs do to one another."
 from conftest import *
-import subprocess,sys
 from fastai_heatmaps.cli import demo as cli_demo
 from fastai_heatmaps.cli.main import main
 from fastai_heatmaps.core.passes import recordable
@@ -33,10 +32,10 @@ assert not gc.isenabled()
 """
 
 @pytest.mark.slow
-def test_threads_do_not_wait_for_one_another_for_ever():
+def test_threads_do_not_wait_for_one_another_for_ever(forked):
     "Some Pythons, such as 3.11.7, stand still if garbage is collected while they list the frames of all threads, and a thread begins or ends"
-    res = subprocess.run([sys.executable, '-c', threads], capture_output=True, text=True)
-    assert res.returncode==0, res.stderr[-2000:]
+    rc,printed = forked(threads)
+    assert rc==0, printed[-2000:]
 
 
 def test_run_that_another_one_overtakes(learn, tmp_path, monkeypatch):

@@ -277,7 +277,7 @@ def test_a_full_disk(many, pics, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_random(tmp_path):
+def test_killed_at_random(tmp_path, forked):
     "SIGKILL at random moments of a writing run, 10 times: resumed to the end, the folder is byte for byte that of an unbroken run"
     code = """
         import os, random, signal, sys, time
@@ -290,7 +290,7 @@ def test_killed_at_random(tmp_path):
         out,rng = Path(sys.argv[1]),np.random.default_rng(0)
         (out/'pics').mkdir()
         for i in range(60): Image.fromarray(rng.integers(0, 255, (40,40,3), dtype=np.uint8)).save(out/'pics'/f'{"ab"[i%2]}_{i:02}.png')
-        learn = pic_learner(out/'pics', size=40, bs=2)
+        learn = pic_learner(out/'pics', squeezenet1_1, size=40, bs=2)
         dl = learn.dls.test_dl(get_image_files(out/'pics').sorted())
         def run(folder): # in a process of its own, forked before autograd has run
             pid = os.fork()
@@ -314,9 +314,9 @@ def test_killed_at_random(tmp_path):
         assert os.waitpid(run('a'), 0)[1]==0
         print('PARTS', *parts)
     """
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code), tmp_path, Path(__file__).parent], capture_output=True, text=True, timeout=300)
-    assert res.returncode==0, res.stderr[-2000:]
-    parts = [int(o) for o in res.stdout.split('PARTS')[1].split()]
+    rc,printed = forked(textwrap.dedent(code), tmp_path, Path(__file__).parent)
+    assert rc==0, printed[-2000:]
+    parts = [int(o) for o in printed.split('PARTS')[1].split()]
     assert len(parts)==10 and any(0<o<15 for o in parts), parts # it was killed in the middle
     assert files(tmp_path/'a')==files(tmp_path/'whole') and len(files(tmp_path/'a'))==16
 

@@ -216,7 +216,7 @@ def test_threads():
     before,wrong,done = state(model),[],threading.Event()
 
     def explain(i, layer):
-        for n in range(100):
+        for n in range(40):
             got,_ = model_heatmaps(model, xbs[n%4], cls=[0,2], layer=layer)
             if not torch.allclose(got, want[i][n%4], rtol=1e-3, atol=1e-7): wrong.append((i, n))
 
@@ -244,7 +244,7 @@ def test_threads_in_train_mode():
     x = torch.randn(1, 3, 64, 64)
     want,before,wrong = model_heatmaps(model, x, cls=1)[0],state(model),[]
     def explain():
-        for _ in range(100):
+        for _ in range(40):
             if not torch.allclose(model_heatmaps(model, x, cls=1)[0], want, rtol=1e-3, atol=1e-7): wrong.append(1)
     threads = [threading.Thread(target=explain) for _ in range(2)]
     for t in threads: t.start()

@@ -5,7 +5,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from importlib.metadata import distribution
 from pathlib import Path
 
-import pytest
+import fastai.vision.all as fv, pytest
+import fastai_heatmaps.all as fh
 from nbdev.config import get_config, nbpath2html
 
 root = Path(__file__).parents[1]
@@ -111,36 +112,20 @@ def test_wheel(tmp_path):
     assert res.stdout.splitlines()==[str(site/module.replace('.', '/'))+'.py', f"fastai-heatmaps {cfg['version']}"], res.stderr
 
 
-@pytest.mark.slow
 def test_public_names():
     "Star-importing gives what users call and nothing else, and every Learner has its methods"
-    code = """import fastai.vision.all as fv, fastai_heatmaps.all as fh
-print(*sorted(n for n in vars(fh) if n[0]!='_' and vars(fh)[n] is not getattr(fv, n, None)))
-print(*[hasattr(fh.Learner, n) for n in '''get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid compare_heatmaps distrib_heatmaps explore_heatmaps
-    get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture'''.split()])
-print(*[hasattr(fv.ClassificationInterpretation, n) for n in 'top_losses_heatmaps confusion_heatmaps'.split()])"""
-    names,methods,interp = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert set(names.split())=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
-                                'in_mask', 'join_heatmaps', 'layer_shapes', 'leaf_output', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
-    assert methods.split()==['True']*16 and interp.split()==['True']*2
-
-
-@pytest.fixture(scope='session')
-def run_nb(tmp_path_factory):
-    "Runs a notebook as `nbdev-test` does: gives its exit code, and what it prints"
-    keep = {'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**30)} # glibc gives memory back after each pass of a model else
-    with subprocess.Popen([sys.executable, root/'tests'/'fork_nbs.py'], cwd=root, env={**os.environ, **keep}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
-        def run(fn, flags):
-            log = tmp_path_factory.mktemp('nb')/'log'
-            print(fn, flags, log, sep='\t', file=p.stdin, flush=True)
-            return int(p.stdout.readline()), log.read_text('utf-8')
-        yield run
+    names = {n for n in vars(fh) if n[0]!='_' and vars(fh)[n] is not getattr(fv, n, None)}
+    assert names=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
+                   'in_mask', 'join_heatmaps', 'layer_shapes', 'leaf_output', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
+    for n in '''get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid compare_heatmaps distrib_heatmaps explore_heatmaps
+        get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture'''.split(): assert hasattr(fh.Learner, n)
+    for n in 'top_losses_heatmaps confusion_heatmaps'.split(): assert hasattr(fv.ClassificationInterpretation, n)
 
 
 @pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if o.name in quick_nbs else pytest.mark.slow) for o in nbs])
-def test_notebook(fn, run_nb, pytestconfig):
+def test_notebook(fn, forked, pytestconfig):
     "Runs the notebook; and what it shows was stored: each cell that draws has its picture, and no error or warning is stored"
-    rc,text = run_nb(fn, pytestconfig.getoption('--nb-flags'))
+    rc,text = forked(fn, pytestconfig.getoption('--nb-flags'))
     if rc: pytest.fail(text, pytrace=False)
     outs = [o for c in json.loads(fn.read_text('utf-8'))['cells'] if c['cell_type']=='code' for o in c['outputs']]
     assert not [o for o in outs if o['output_type']=='error' or o.get('name')=='stderr']

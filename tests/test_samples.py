@@ -1,6 +1,7 @@
 "The pretrained Learner, its photos, and the command that draws them."
 import subprocess, sys, pytest
 from conftest import *
+from fastai_heatmaps.cli.main import main
 
 
 def test_vocab_and_predictions(demo):
@@ -53,15 +54,17 @@ def test_demo_command(command, tmp_path):
         assert min(px.shape[:2])>200 and px.std()>20
 
 
-def test_command_line(command, tmp_path):
+def test_command_line(command, tmp_path, monkeypatch, capsys):
     def run(*args): return subprocess.run([command, *args], cwd=tmp_path, capture_output=True, text=True)
     res = run('--version')
     assert res.returncode==0 and res.stdout.startswith('fastai-heatmaps ')
     assert 'demo' in run('--help').stdout
     assert run().returncode==2 and run('nope').returncode==2
     (tmp_path/'file').write_text('')
-    res = run('demo', '--out', 'file')
-    assert res.returncode==1 and res.stderr.strip().splitlines()[-1].startswith('fastai-heatmaps: ') and 'file' in res.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(['demo', '--out', 'file'])==1
+    err = capsys.readouterr().err
+    assert err.strip().splitlines()[-1].startswith('fastai-heatmaps: ') and 'file' in err
 
 
 def test_without_the_extra(monkeypatch):
@@ -71,12 +74,11 @@ def test_without_the_extra(monkeypatch):
 
 
 @pytest.mark.slow
-def test_import_pulls_in_nothing_optional():
+def test_import_pulls_in_nothing_optional(forked):
     "Importing the package imports no package that importing fastai does not"
-    code = '''import sys
-from fastai.vision.all import *
+    rc,printed = forked('''import sys
 before = {o.split('.')[0] for o in sys.modules}
+assert 'fastai' in before and 'fastai_heatmaps' not in before
 from fastai_heatmaps.all import *
-print(*sorted({o.split('.')[0] for o in sys.modules} - before))'''
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
-    assert res.stdout.split()==['fastai_heatmaps']
+print(*sorted({o.split('.')[0] for o in sys.modules} - before))''')
+    assert rc==0 and printed.split()==['fastai_heatmaps'], printed

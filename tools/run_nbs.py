@@ -14,7 +14,7 @@ from nbdev.test import nb_test_cells
 
 def as_png(im):
     "`im` as a PNG, with a palette of 256 colours if no pixel looks different in it"
-    few = im.quantize(256, dither=Image.Dither.NONE)
+    few = im.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     off = max(most for _,most in ImageChops.difference(im, few.convert('RGB')).getextrema()) # of 255
     res = BytesIO()
     (few if off<=8 else im).save(res, 'png', optimize=True)

@@ -22,8 +22,8 @@ from contextlib import nullcontext
 def _item_dl(interp, idxs): # the images at these places of the losses, made as fastai makes its own pictures of them
     items = getattr(interp.dl, 'items', None)
     if items is None or len(items)!=len(interp.losses):
-        raise ValueError("the images of these losses are not known: make the interpretation of a whole set, with from_learner(learn), "
-                         "or of learn.dls.test_dl(items, with_labels=True)")
+        raise ValueError("the images of these losses are not known: "
+                         "make the interpretation of a whole set, with from_learner(learn), or of learn.dls.test_dl(items, with_labels=True)")
     return own_test_dl(interp.learn.dls, getattr(items, 'iloc', L(items))[idxs], with_labels=True)
 
 # %% ../../nbs/40_views.interpret.ipynb #2fbaf27c
