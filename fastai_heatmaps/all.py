@@ -16,4 +16,5 @@ from .learner.distributed import distrib_state, join_heatmaps
 from .views import interpret as _interpret, features as _features, class_image as _class_image # and so on
 from .views import architecture as _architecture, explore as _explore
 from .views.compare import heatmap_difference, compare_learners
+from .trust import sanity as _sanity, focus as _focus, faithfulness as _faithfulness, inside as _inside # and their checks
 from .samples import demo_labels, demo_image, demo_learner

@@ -116,6 +116,14 @@ class Task:
         "Give the targets of a set in the form that titles need, or None where they are of another kind"
         return targs.long() if targs.ndim==1 and not targs.is_floating_point() else None
 
+    def found(self, p, thresh):
+        "Mark which classes (n, c) the model finds in images, by its predictions `p`; None where its outputs are no classes"
+        return F.one_hot(p.argmax(1), p.shape[1]).bool()
+
+    def labelled(self, targs, c):
+        "Mark which of the `c` classes images are labelled with (n, c)"
+        return F.one_hot(targs, c).bool()
+
     def says(self, name, p, c):
         "Say what the model says of class `c`, which is called `name`"
         return name + (f' {p[c]:.2f}' if 0<=p.min() and p.max()<=1 else '') # a raw output is no probability
@@ -158,6 +166,8 @@ class Classes(Task):
         return targs.ndim==2 and targs.shape[1]==len(vocab)
 
     def targs(self, targs): return targs if targs.ndim==2 else None
+    def found(self, p, thresh): return p>thresh
+    def labelled(self, targs, c): return targs.bool()
     def truth(self, t, name): return ', '.join(name(c) for c in t.nonzero().flatten().tolist()) or 'none'
     def right(self, p, t, c, shown, thresh): return bool(p[c]>thresh)==bool(t[c])
 
@@ -173,6 +183,7 @@ class Numbers(Task):
         return _is_loss(loss_func, _distances) or vocab is None and targs is not None and targs.is_floating_point()
 
     def targs(self, targs): return targs.flatten(1) if targs.ndim>1 else targs
+    def found(self, p, thresh): return None
     def says(self, name, p, c): return f'{name}: {p[c]:.3g}'
     def truth(self, t, name): return ', '.join(f'{float(o):.3g}' for o in t.reshape(-1)[:4]) + (' ...' if t.numel()>4 else '')
     def truth_of(self, t, c, name): return f'{float(t.reshape(-1)[c]):.3g}'

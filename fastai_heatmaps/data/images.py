@@ -356,14 +356,16 @@ class Images:
         get_idxs = partial(list, [self.idxs[i]])
         return own_dl(self.dl, bs=1, n=1, shuffle=False, drop_last=False, num_workers=0, get_idxs=get_idxs).one_batch()
 
-    def image(self, i):
-        "Decode image `i` as the model saw it: (1 or 3, H, W) in 0 to 1"
+    def image(self, i, x=None):
+        "Decode image `i` as the model saw it, or `x` (C, H, W) in its place: (1 or 3, H, W) in 0 to 1"
         if self.dl is None:
             raise ValueError("these heatmaps were loaded without their images: "
                              "pass load_heatmaps the DataLoader that they were made of, such as learn.dls.valid")
         can_decode = hasattr(getattr(self.dl, 'after_batch', None), 'decode')
-        if can_decode: return _as_picture(tensors_in(to_cpu(self.dl.after_batch.decode(self.batch(i))))[self.input][0])
-        return _as_picture(tensors_in(self.dl.dataset[self.idxs[i]])[self.input])
+        if not can_decode: return _as_picture(ifnone(x, tensors_in(self.dl.dataset[self.idxs[i]])[self.input]))
+        b = self.batch(i)
+        if x is not None: tensors_in(b)[self.input][0] = x
+        return _as_picture(tensors_in(to_cpu(self.dl.after_batch.decode(b)))[self.input][0])
 
 # %% ../../nbs/20_data.images.ipynb #im000029
 @patch(cls_method=True)

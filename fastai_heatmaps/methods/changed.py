@@ -28,7 +28,8 @@ def blurred(
     "Blur images until their content is gone"
     from torchvision.transforms.functional import gaussian_blur
     size = max(3, min(x.shape[2:])//4*2-1) # odd, and about half of the shorter side
-    return gaussian_blur(x, size, size/6)
+    for sides in [1,size],[size,1]: x = gaussian_blur(x, sides, size/6) # first one way, then the other, which is much faster
+    return x
 
 # %% ../../nbs/10_methods.changed.ipynb #15bddaf9
 def filled(

@@ -90,7 +90,7 @@ def differs(
 ) -> bool:
     "Ask whether the mean of `a - b` is more than two standard errors from 0"
     mean,error = mean_error(torch.as_tensor(a)-torch.as_tensor(b))
-    return abs(mean)>2*error
+    return abs(mean)>max(2*error, 1e-6) # more than by rounding
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000023
 class Findings(GetAttr):
