@@ -61,7 +61,7 @@ def styled(
                 interpolation=interpolation or own['interpolation'], line=own['line'])
 
 # %% ../../nbs/22_data.draw.ipynb #dr000036
-def _half_line(ax, hmap, extent, vmin, vmax, interpolation): # round what is stronger than half of the scale; dashed where it is negative
+def _half_line(ax, hmap, extent, vmin, vmax, interpolation): # round what is above half of the scale
     h,w = hmap.shape
     times = max(1, 256//max(h, w))
     mode = interpolation if interpolation in ('nearest', 'bilinear') else 'bicubic'
@@ -80,9 +80,9 @@ def lay_map(
     hmap:Tensor, # The map (h, w)
     vmin, vmax, # The values at the ends of the scale, as from `color_scale`
     alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = that of the style: .7, .6 for 'even', 1 for 'pixels'
-    cmap=None, # A matplotlib colormap; None = that of the style, another one if values may be negative: red is for and blue against
-    interpolation=None, # 'bicubic', the default, and 'bilinear' go through the values of the cells, 'nearest' shows the cells; or another of matplotlib's
-    style=None # 'fade' = as opaque as it is strong, a line round what is above half of the scale; 'even' = equally opaque; 'pixels' = hides the photo
+    cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
+    interpolation=None, # 'bicubic', the default, goes through the values of the cells; 'nearest' shows the cells; or another of matplotlib's
+    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = without the photo
 ): # What `imshow` returns
     "Draw `hmap` over the picture on `ax`, edge on edge"
     look,extent = styled(vmin<0, alpha, cmap, interpolation, style),ax.images[-1].get_extent()
@@ -171,7 +171,9 @@ def show_scales(
     axs = list(axs)
     drawn = [ax for ax in axs if len(ax.images)>1]
     if colorbar and drawn:
-        for group in [axs] if same_scale else [[ax] for ax in drawn]: add_bar(drawn[-1].images[-1] if same_scale else group[0].images[-1], group)
+        if same_scale: add_bar(drawn[-1].images[-1], axs)
+        else:
+            for ax in drawn: add_bar(ax.images[-1], [ax])
     tops = {ax: ax.images[-1].get_clim()[1] for ax in drawn if np.nan_to_num(ax.images[-1].get_array()).any()}
     for ax,top in tops.items():
         times = max(tops.values())/top

@@ -188,9 +188,9 @@ def save(self:Heatmaps,
     overwrite:bool=False, # Write over pictures of the same names, if this package drew them?
     same_scale=False, # One scale for all the maps of these `Heatmaps`?
     alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = .7, .6 for 'even', 1 for 'pixels'
-    cmap=None, # A matplotlib colormap; None = that of the style, another one if values may be negative: red is for and blue against
+    cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
     interpolation=None, # 'bicubic', the default, 'bilinear', or 'nearest', which shows the cells
-    style=None # 'fade' = as opaque as it is strong; 'even' = equally opaque, the default for maps of single pixels; 'pixels' = hides the photo
+    style=None # 'fade' = as opaque as it is strong; 'even' = equally opaque, as maps of single pixels are; 'pixels' = without the photo
 ) -> Path: # The table
     "Write three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv"
     if fmt not in _formats: raise ValueError(f"fmt is {fmt!r}; expected one of {', '.join(_formats)}")

@@ -183,8 +183,8 @@ def _explained(name, o, items, cls, *args, **kwargs): # its `Heatmaps` without t
     return hm.replace(images=None, learn=None),[hm.image(i) for i in range_of(hm)]
 
 # %% ../../nbs/41_views.compare.ipynb #cm000018
-def _explain_each(learners, items, cls, *args, follow=False, **kwargs): # the same of all models, one after the other; with `follow` from the
-    pairs,res = list(learners.items()),{} # last to the first, which explain what the last one predicts
+def _explain_each(learners, items, cls, *args, follow=False, **kwargs): # the same of all models, one after the other
+    pairs,res = list(learners.items()),{} # with `follow`, the last one comes first, and the others explain what it predicts
     lazy = any(not isinstance(o, Learner) for _,o in pairs)
     if follow: pairs.reverse()
     for name,o in progress_bar(pairs, leave=False) if lazy and len(pairs)>1 and person_looks() else pairs:
@@ -234,7 +234,7 @@ def _check_learners(learners, difference):
 def compare_learners(
     learners:dict, # Name -> a Learner, or a function without arguments that returns one, such as `partial(load_learner, 'export.pkl')`
     items, # An image or a list of them, as for `get_heatmaps`: one column each
-    cls=None, # None = what each model predicts, with `difference` what the second one does; a class, or a column for each of a list; 'targ' = the label
+    cls=None, # None = what each model predicts, with `difference` the second one; a class; a list: a column for each; 'targ' = the label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`; None = the body of each, or its last layer with a map
     relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
