@@ -141,7 +141,7 @@ def pairs(pics):
 def test_compare_and_explore_each_input(pairs, monkeypatch):
     learn,items = pairs
     drawn = []
-    monkeypatch.setattr(compare, '_draw_rows', lambda hms, *args, **kwargs: drawn.extend(hms))
+    monkeypatch.setattr(compare, '_draw_compared', lambda hms, *args, **kwargs: drawn.extend(hms))
     for i in (0,1):
         drawn.clear()
         want = learn.get_heatmaps([items[0]], input=i)

@@ -14,7 +14,7 @@ def table(path): return list(csv.DictReader(open(path, newline='', encoding='utf
 # Pictures
 
 def test_pictures(learn, pics, tmp_path):
-    "What a file shows is what was computed: grey is the map from 0 to its maximum, colours are magma's, and the overlay is a blend"
+    "What a file shows is what was computed: grey is the map from 0 to its maximum, colours are plasma's, and the overlay is as opaque as the map is strong"
     fs = get_image_files(pics)[:2]
     hm = learn.get_heatmaps(fs, cls=['Red', 'Blue_ish'])
     hm.maps[0,0] = torch.linspace(0, 8, 4).view(2, 2)
@@ -22,22 +22,24 @@ def test_pictures(learn, pics, tmp_path):
     assert len(rows)==4 and {r['item'] for r in rows}=={str(f) for f in fs}
     r = rows[0]
     assert r['cls']=='Red' and float(r['probability'])==pytest.approx(float(hm.preds[0,learn.dls.vocab.o2i['Red']]), rel=1e-5) and r['method']=='gradcam' and r['layer']=='0' and r['truth']==''
-    want = F.interpolate(hm.maps[:1,:1], (64,64), mode='bilinear')[0,0]/8
+    want = F.interpolate(hm.maps[:1,:1], (64,64), mode='bicubic', antialias=True)[0,0].clip(0, 8)/8
     grey,colours,overlay = [np.array(Image.open(tmp_path/'new'/'out'/r[k]))/255 for k in ('map', 'heatmap', 'overlay')]
-    magma = plt.get_cmap('magma')(want.numpy())[...,:3]
-    assert np.abs(grey-want.numpy()).max()<.003 and np.abs(colours-magma).max()<.02
+    plasma = plt.get_cmap('plasma')(want.numpy())[...,:3]
+    assert np.abs(grey-want.numpy()).max()<.003 and np.abs(colours-plasma).max()<.02
     photo = hm.image(0).permute(1,2,0).numpy()
-    assert np.abs(overlay-(.6*magma+.4*photo)).max()<.02
+    alpha = .7*want.numpy()[...,None]
+    assert np.abs(overlay-(alpha*plasma+(1-alpha)*photo)).max()<.02
     assert {Image.open(tmp_path/'new'/'out'/r[k]).size for r in rows for k in ('map', 'heatmap', 'overlay')}=={(64,64)}
 
 
 def test_signed_pictures(learn, pics, tmp_path):
-    "Where values may be negative, 0 is the middle of the grey and white in colours"
+    "Where values may be negative, 0 is the middle of the grey and of the colours, and does not hide the photo"
     hm = learn.get_heatmaps(get_image_files(pics)[:1], relu=False)
     hm.maps[0,0] = tensor([[-4.,0.],[0.,2.]])
     r, = table(hm.save(tmp_path, interpolation='nearest'))
-    grey,colours = [np.array(Image.open(tmp_path/r[k])) for k in ('map', 'heatmap')]
-    assert [int(grey[y,x]) for y,x in ((5,5), (5,60), (60,60))]==[0, 128, 191] and colours[5,60].min()>240
+    grey,colours,overlay = [np.array(Image.open(tmp_path/r[k])) for k in ('map', 'heatmap', 'overlay')]
+    assert [int(grey[y,x]) for y,x in ((5,5), (5,60), (60,60))]==[0, 128, 191] and np.ptp(colours[5,60].astype(int))<5
+    assert np.abs(overlay[:,32:][:32]/255-hm.image(0).permute(1,2,0).numpy()[:,32:][:32]).max()<.01
     assert colours[5,5].argmax()==2 and colours[60,60].argmax()==0 # blue against, red for
 
 

@@ -28,6 +28,7 @@ def torn(learn):
 
 def image_axes(): return [ax for ax in plt.gcf().axes if ax.images]
 def title(ax): return ax.get_title()
+def unwrapped(ax): return ''.join(ax.get_title().split())
 def pixels(fig=None):
     fig = fig or plt.gcf()
     fig.canvas.draw()
@@ -105,7 +106,7 @@ def check_overlay(learn, interp, k, largest=True, cls='pred', **options):
     assert res is None and fig._suptitle.get_text()==own._suptitle.get_text()=='Prediction/Actual/Loss/Probability'
     a,b = [[ax for ax in f.axes if ax.images] for f in (own, fig)]
     n,per = len(items),2 if cls=='both' else 1
-    assert len(a)==n and len(b)==n*per and [title(o) for o in a]==[' '.join(title(o).split()) for o in b[:n]] # which are wrapped
+    assert len(a)==n and len(b)==n*per and all(unwrapped(y).startswith(unwrapped(x)) for x,y in zip(a, b)) # which are wrapped, and say more
     want = {'pred':[preds.argmax(1)], 'targ':[targs], 'both':[preds.argmax(1), targs]}[cls]
     rest = b[n:]
     for i,item in enumerate(items):
@@ -119,7 +120,7 @@ def check_overlay(learn, interp, k, largest=True, cls='pred', **options):
             torch.testing.assert_close(torch.tensor(np.asarray(photo.get_array())).movedim(-1, 0).float()/255, hm.image(0).float(), rtol=0, atol=1/254)
             assert over.get_extent()==photo.get_extent()==list((-.5, 63.5, 63.5, -.5))
             assert ax.get_xlim()==a[i].get_xlim() and ax.get_ylim()==a[i].get_ylim()
-            assert over.get_alpha()==.6 and over.get_clim()[1]==pytest.approx(float(hm.maps.abs().max()) or 1, rel=1e-3)
+            assert over.get_alpha()==.7 and over.get_clim()[1]==pytest.approx(float(hm.maps.abs().max()) or 1, rel=1e-3)
         if per==2: assert title(panels[1]).startswith(f'{learn.dls.vocab[int(targs[idxs[i]])]} {float(preds[idxs[i], targs[idxs[i]]]):.2f}')
     return fig,own
 
@@ -127,7 +128,7 @@ def check_overlay(learn, interp, k, largest=True, cls='pred', **options):
 @pytest.mark.parametrize('cls', ['pred', 'targ', 'both'])
 def test_top_losses(torn, cls):
     fig,own = check_overlay(torn.learn, torn, 5, cls=cls)
-    assert fig.get_figwidth()==own.get_figwidth()*(1+(cls=='both')) and fig.get_figheight()==own.get_figheight()
+    assert fig.get_figwidth()==own.get_figwidth()*(1+(cls=='both')) and fig.get_figheight()>=own.get_figheight()
 
 
 @pytest.mark.slow
@@ -143,19 +144,47 @@ def test_panels_of_a_photo_are_beside_each_other(torn):
     own,_ = drawn(lambda: Interpretation._orig_plot_top_losses(torn, 4))
     fig,_ = drawn(lambda: torn.plot_top_losses(4, heatmap=True, cls='both'))
     a,b = [[ax for ax in f.axes if ax.images] for f in (own, fig)]
+    fig.canvas.draw()
     for i in range(4):
-        left,right,whole = [o.get_subplotspec().get_position(o.figure) for o in (b[i], b[4+i], a[i])]
-        assert left.x0==pytest.approx(whole.x0) and right.x1==pytest.approx(whole.x1) and left.x1<right.x0
-        assert left.y0==pytest.approx(right.y0)==pytest.approx(whole.y0) and left.y1==pytest.approx(whole.y1)
+        left,right,whole = [o.get_subplotspec() for o in (b[i], b[4+i], a[i])]
+        assert [o.rowspan.start for o in (left, right)]==[whole.rowspan.start]*2
+        assert [left.colspan.start, right.colspan.start]==[2*whole.colspan.start, 2*whole.colspan.start+1]
+        l,r = [o.get_window_extent() for o in (b[i], b[4+i])]
+        assert l.x1<r.x0 and abs(l.y0-r.y0)<1 and abs(l.y1-r.y1)<1
+
+
+@pytest.mark.parametrize('cls,options', [('pred', {}), ('both', {}), ('both', dict(colorbar=True)), ('pred', dict(same_scale=True, colorbar=True)), (['Red', 'Blue_ish'], dict(nrows=3)), ('both', dict(figsize=(9,7)))])
+def test_titles_of_top_losses(torn, cls, options):
+    "However long the names, no title lies on a picture or on another title, none is broken inside a word, and the pictures of a row are level"
+    names = ['german_shorthaired_pointer', 'Staffordshire bullterrier']
+    torn.learn.dls.vocab.items[:] = names
+    if not isinstance(cls, str): cls = names
+    fig,_ = drawn(lambda: torn.plot_top_losses(5, heatmap=True, cls=cls, **options))
+    axs = [ax for ax in fig.axes if ax.images]
+    for how in (dict(dpi=100), dict(dpi=70, bbox_inches='tight')): # as by hand, and as in a notebook
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning) # of a layout that does not fit
+            fig.savefig(io.BytesIO(), format='png', **how)
+    pics = [ax.get_window_extent() for ax in axs]
+    titles = [ax.title.get_window_extent() for ax in axs] + [fig._suptitle.get_window_extent()]
+    for i,t in enumerate(titles):
+        assert not any(t.overlaps(p) for p in pics) and not any(t.overlaps(o) for o in titles[:i])
+    rows = groupby(axs, lambda ax: ax.get_subplotspec().rowspan.start)
+    for row in rows.values():
+        ys = [ax.get_window_extent().y0 for ax in row]
+        assert max(ys)-min(ys)<1 and len({round(ax.get_window_extent().height) for ax in row})==1
+    words = set(re.split(r'[ /_]', ' '.join(names)))
+    parts = {w for ax in axs for w in re.split(r'[\s/_]', title(ax)) if w.isalpha()}
+    assert parts<=words|{'shown', 'stronger'} and len(parts&words)>=4
 
 
 def test_looks(torn):
     def first(**kwargs): return drawn(lambda: torn.plot_top_losses(3, heatmap=True, **kwargs))[0].axes[0].images[1]
     im = first(alpha=.3, cmap='viridis', interpolation='nearest')
     assert im.get_alpha()==.3 and im.get_cmap().name=='viridis' and im.get_interpolation()=='nearest'
-    assert first().get_cmap().name=='magma' and first().get_clim()[0]==0
+    assert first(style='even').get_cmap().name=='magma' and first().get_cmap().name=='plasma' and first().get_clim()[0]==0
     signed = first(relu=False, method=lambda acts, grads: acts.sum(1)-acts.sum(1).mean())
-    assert signed.get_cmap().name=='RdBu_r' and signed.get_clim()[0]==-signed.get_clim()[1]
+    assert signed.get_cmap().name=='coolwarm' and signed.get_clim()[0]==-signed.get_clim()[1]
     fig,_ = drawn(lambda: torn.plot_top_losses(3, heatmap=True, same_scale=True, cls='both'))
     assert len({ax.images[1].get_clim() for ax in fig.axes if ax.images})==1
     assert fig.axes[0].images[1].get_clim()[1]==pytest.approx(float(torn.top_losses_heatmaps(3, cls='both').maps.max()))
@@ -174,7 +203,7 @@ def test_a_named_class_is_named(torn):
 
 def test_flat_maps_say_so(torn):
     fig,_ = drawn(lambda: torn.plot_top_losses(2, heatmap=True, method=lambda acts, grads: acts.sum(1)*0))
-    assert all(' '.join(title(ax).split()).count('(no evidence: the map is flat)')==1 for ax in fig.axes)
+    assert all(' '.join(title(ax).split()).count('(no evidence here: the map is flat; try an earlier layer)')==1 for ax in fig.axes)
 
 
 def test_top_losses_as_data(torn):
@@ -239,7 +268,7 @@ def test_multi_label(pics):
         assert title(ax).split('\n')[:2]==[f'Image {i}', hm.title(i, truth=False)[0][0]]
         assert (ax.images[1].get_array()==hm.maps[i,0].numpy()).all()
     fig,_ = drawn(lambda: interp.plot_top_losses(2, heatmap=True, cls=['Red', 'big']))
-    assert [title(o).split('\n')[-1].split()[0] for o in fig.axes if o.images]==['Red', 'Red', 'big', 'big']
+    assert [[l.split()[0] for l in title(o).split('\n') if l.split()[0] in ('Red', 'big')] for o in fig.axes if o.images]==[['Red'], ['Red'], ['big'], ['big']]
     for cls in ('targ', 'both'): one_line(lambda: interp.plot_top_losses(2, heatmap=True, cls=cls), 'one', 'true class', 'name the classes')
 
 
@@ -414,15 +443,17 @@ def test_compare_methods(learn, pics):
         axs = learn.compare_heatmaps(f, cls=['Red', 'Blue_ish'], method=methods, relu=relu)
         assert n[0]==1
         h.remove()
-        assert axs.shape==(6,2)
-        for row,m in zip(axs, methods):
+        assert axs.shape==(7,2) and len(axs[0,0].images)==1 and not axs[0,1].images # the photo
+        for row,m in zip(axs[1:], methods):
             hm = learn.get_heatmaps(f, ['Red', 'Blue_ish'], m, relu=relu)
             for j,ax in enumerate(row):
                 torch.testing.assert_close(torch.tensor(np.asarray(ax.images[1].get_array())), hm.maps[0,j], rtol=1e-4, atol=1e-5*float(hm.maps.abs().max()))
                 assert ax.images[1].get_extent()==ax.images[0].get_extent()==[-.5, 63.5, 63.5, -.5]
             assert [t.get_text() for t in row[0].texts]==[m]
     preds = learn.get_heatmaps(f).preds[0]
-    assert [title(o) for o in axs[0]]==[f'Red {preds[1]:.2f}', f'Blue_ish {preds[0]:.2f}'] and not any(title(o) for o in axs[1:].flat)
+    said = [[l for l in title(o).split('\n') if 'stronger' not in l] for o in axs[1:].flat]
+    assert said[:2]==[[f'Red {preds[1]:.2f}'], [f'Blue_ish {preds[0]:.2f}']]
+    for r,m in enumerate(methods[1:], 1): assert [[o for o in t if o] for t in said[2*r:2*r+2]]==[['whatever the class']*(m in ('activations', 'eigencam'))]*2
 
 
 def test_compare_methods_of_all_kinds(learn, pics):
@@ -432,13 +463,15 @@ def test_compare_methods_of_all_kinds(learn, pics):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         axs = learn.compare_heatmaps((f, 'Red'), cls='targ', method=methods, layer='0.6')
-        for row,m in zip(axs[:,0], methods):
+        for row,m in zip(axs[1:,0], methods):
             pix = m in ('saliency', 'guided_backprop') or isinstance(m, partial)
             hm = learn.get_heatmaps(f, 'Red', m, layer=None if pix else '0.6')
             torch.testing.assert_close(torch.tensor(np.asarray(row.images[1].get_array())), hm.maps[0,0], rtol=1e-3, atol=1e-4*float(hm.maps.abs().max()))
-    assert [o.texts[0].get_text() for o in axs[:,0]]==['saliency', 'layercam', 'integrated_gradients', 'mine', 'guided_backprop', 'gradcam']
-    assert 'completeness' in title(axs[2,0]) and not title(axs[3,0]) and not title(axs[1,0])
-    assert learn.compare_heatmaps(f).shape==(4,1) and learn.compare_heatmaps(f, topk=2, method='saliency').shape==(1,2)
+    assert [o.texts[0].get_text() for o in axs[1:,0]]==['saliency', 'layercam', 'integrated_gradients', 'mine', 'guided_backprop', 'gradcam']
+    assert 'completeness' in title(axs[3,0]) and not title(axs[4,0]) and not title(axs[2,0]) and title(axs[0,0])=='truth: Red'
+    assert [o.images[1].get_interpolation() for o in axs[1:,0]]==['antialiased', 'catrom', 'antialiased', 'catrom', 'antialiased', 'catrom'] # pixels as pixels
+    assert [o.images[1].get_alpha() for o in axs[1:,0]]==[1, .7, 1, .7, 1, .7]
+    assert learn.compare_heatmaps(f).shape==(5,1) and learn.compare_heatmaps(f, topk=2, method='saliency').shape==(2,2)
 
 
 def test_each_report_stays_with_its_method(learn, pics):
@@ -447,7 +480,7 @@ def test_each_report_stays_with_its_method(learn, pics):
         return probe.acts.mean(1, keepdim=True)
     told.needs = 'layer'
     axs = learn.compare_heatmaps(get_image_files(pics)[0], method=['gradcam', told, 'hirescam'])
-    assert [('told' in title(o)) for o in axs[:,0]]==[False, True, False] and title(axs[1,0])=='told 0.25'
+    assert [('told' in title(o)) for o in axs[1:,0]]==[False, True, False] and title(axs[2,0])=='told 0.25'
 
 
 def test_compare_layers(learn, pics):
@@ -457,19 +490,49 @@ def test_compare_layers(learn, pics):
     axs = learn.compare_heatmaps(f, cls=[0,1], layer=layers, method='layercam')
     assert n[0]==1
     h.remove()
-    for row,l in zip(axs, layers):
+    for row,l in zip(axs[1:], layers):
         hm = learn.get_heatmaps(f, [0,1], 'layercam', l)
         for j,ax in enumerate(row): torch.testing.assert_close(torch.tensor(np.asarray(ax.images[1].get_array())), hm.maps[0,j], rtol=1e-4, atol=1e-5*float(hm.maps.max()))
-    assert [o.texts[0].get_text() for o in axs[:,0]]==['0.4\n16×16', '0.6\n4×4', '0.7\n2×2']
+    assert [o.texts[0].get_text() for o in axs[1:,0]]==['0.4\n16×16', '0.6\n4×4', '0.7\n2×2']
 
 
 def test_compare_scales(learn, pics):
     f = get_image_files(pics)[0]
     axs = learn.compare_heatmaps(f, cls=[0,1], method=['gradcam', 'hirescam'], same_scale=True, cmap='viridis', alpha=.2, figsize=(3,4))
-    for r,row in enumerate(axs):
+    for r,row in enumerate(axs[1:]):
         assert len({ax.images[1].get_clim() for ax in row})==1
         assert all(ax.images[1].get_alpha()==.2 and ax.images[1].get_cmap().name=='viridis' for ax in row)
     assert tuple(axs[0,0].figure.get_size_inches())==(3,4)
+
+
+def test_compare_transposed(learn, pics):
+    "A column for each method, named above it; a row for each class, named beside it; the photo comes first"
+    f = get_image_files(pics)[0]
+    hm = learn.get_heatmaps(f, ['Red', 'Blue_ish'])
+    axs = learn.compare_heatmaps(f, cls=['Red', 'Blue_ish'], method=['gradcam', 'activations'], transpose=True)
+    assert axs.shape==(2,3) and len(axs[0,0].images)==1 and not axs[1,0].images and not title(axs[0,0])
+    assert [title(o).split('\n')[0] for o in axs[0,1:]]==['gradcam', 'activations'] and title(axs[1,2])=='whatever the class'
+    assert [o.texts[0].get_text() for o in axs[:,0]]==[hm.title(0, j)[0][0] for j in (0,1)]
+    for j in (0,1): assert (axs[j,1].images[1].get_array()==hm.maps[0,j].numpy()).all()
+    axs = learn.compare_heatmaps((f, 'Red'), method=['gradcam', 'layercam'], transpose=True)
+    hm = learn.get_heatmaps([(f, 'Red')])
+    assert axs.shape==(1,3) and title(axs[0,0]).split('\n')==hm.title(0)[0] and axs[0,0].title.get_color()==hm.title(0)[1]
+    assert [title(o) for o in axs[0,1:]]==['gradcam', 'layercam'] and title(learn.compare_heatmaps((f, 'Red'))[0,0])=='truth: Red'
+
+
+@pytest.mark.parametrize('size', [(13.3,7.5), (4,9), (6,6)])
+def test_a_figure_is_filled(learn, pics, size):
+    "Panels of one class are as large as any whole number of rows allows, and nothing is outside"
+    methods = ['gradcam', 'layercam', 'hirescam', 'saliency']
+    axs = learn.compare_heatmaps(get_image_files(pics)[0], method=methods, figsize=size)
+    fig = axs[0,0].figure
+    fig.canvas.draw()
+    assert tuple(fig.get_size_inches())==size and [title(o).split('\n')[0] for o in list(axs.flat)[1:5]]==methods
+    boxes = [ax.get_window_extent() for ax in axs.flat if ax.images]
+    assert len(boxes)==5 and all(b.x0>=0 and b.y0>=0 and b.x1<=fig.bbox.x1 and b.y1<=fig.bbox.y1 for b in boxes)
+    best = max(min(size[0]/c, size[1]/math.ceil(5/c)-.25) for c in range(1, 6)) # inches; the photo is square, a title a quarter of an inch
+    assert boxes[0].width/fig.dpi>.9*best
+    assert not any(ax.axison for ax in axs.flat)
 
 
 def test_compare_bad_input(learn, pics):
@@ -604,7 +667,7 @@ def test_difference_of_other_images_or_classes():
     one_line(lambda: heatmap_difference(hms([[[[1.]]]]), hms([[[[1.]]], [[[1.]]]], cls=((0,),(0,)), preds=((.9,.1),)*2)), '1 images before and 2 after')
     one_line(lambda: heatmap_difference(hms([[[[1.]]]]), hms([[[[1.]]]], cls=((1,),))), "'a' before and 'b' after", 'cls=')
     turned = heatmap_difference(hms([[[[1.]]]]), hms([[[[1.]]]], cls=((1,),), preds=((.2,.8),), vocab=['b','a'])) # the same class by name
-    assert turned.title(0)[0][:2]==['a 0.80', '(no evidence: the map is flat)'] and turned.info['before'].item()==pytest.approx(.9)
+    assert turned.title(0)[0][:2]==['a 0.80', '(no evidence here: the map is flat)'] and turned.info['before'].item()==pytest.approx(.9)
 
 
 def test_difference_row(three, pics):
@@ -616,7 +679,7 @@ def test_difference_row(three, pics):
     assert axs.shape==(3,3) and axs[2,0].texts[0].get_text()=='large − eighteen' and want.maps.shape[2:]==(3,3)
     for i,ax in enumerate(axs[2]):
         photo,over = ax.images
-        assert (over.get_array()==want.maps[i,0].numpy()).all() and over.get_cmap().name=='RdBu_r' and over.get_extent()==photo.get_extent()
+        assert (over.get_array()==want.maps[i,0].numpy()).all() and over.get_cmap().name=='coolwarm' and over.get_extent()==photo.get_extent()
         lo,hi = over.get_clim()
         assert -lo==hi==pytest.approx(float(want.maps.abs().max()))
         assert ' '.join(title(ax).split())==f'Red {a.preds[i,1]:.2f} → {b.preds[i,1]:.2f}'
@@ -625,13 +688,27 @@ def test_difference_row(three, pics):
     one_line(lambda: compare_learners(dict(a=wide, b=three['large']), files, cls='Red', difference=True), '128×64 pixels', '96×96')
 
 
-def test_difference_needs_one_class(pics):
+def test_the_difference_follows_the_second_model(pics):
+    "Without cls, each image is compared for what the second model predicts, found by its name; the figure says so"
     a,b = pic_learner(pics),pic_learner(pics)
     for l,bias in ((a, [9.,0.]), (b, [0.,9.])): [m for m in l.model.modules() if isinstance(m, nn.Linear)][-1].bias = nn.Parameter(tensor(bias))
     figs = plt.get_fignums()
-    one_line(lambda: compare_learners(dict(a=a, b=b), get_image_files(pics)[0], difference=True), "'Blue_ish' before and 'Red' after", 'cls=')
+    one_line(lambda: heatmap_difference(*[l.get_heatmaps(get_image_files(pics)[0]) for l in (a, b)]), "'Blue_ish' before and 'Red' after", 'cls=')
     assert plt.get_fignums()==figs
-    assert compare_learners(dict(a=a, b=a), get_image_files(pics)[0], difference=True).shape==(3,1)
+    b.dls.vocab.items[:] = ['Red', 'Blue_ish'] # the other way round
+    files,loaded = get_image_files(pics)[:2],[]
+    def load(l):
+        loaded.append(l)
+        return l
+    axs = compare_learners(dict(a=partial(load, a), b=partial(load, b)), files, difference=True)
+    one,two = a.get_heatmaps(files, 'Blue_ish'),b.get_heatmaps(files)
+    assert loaded==[b, a] and two.name(two.cls[0,0])=='Blue_ish'
+    for i in range(2):
+        assert (axs[0,i].images[1].get_array()==one.maps[i,0].numpy()).all() and (axs[1,i].images[1].get_array()==two.maps[i,0].numpy()).all()
+        assert (axs[2,i].images[1].get_array()==heatmap_difference(one, two).maps[i,0].numpy()).all() and title(axs[2,i]).startswith('Blue_ish')
+    assert ' '.join(axs[2,0].texts[0].get_text().split())=='b − a, for what b predicts' and [axs[r,0].texts[0].get_text() for r in (0,1)]==['a', 'b']
+    b.dls.vocab.items[:] = ['Red', 'Green']
+    one_line(lambda: compare_learners(dict(a=a, b=b), files, difference=True), "'a'", "'Green'")
 
 
 # what a person sees

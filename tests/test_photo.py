@@ -153,32 +153,34 @@ def test_without_photos():
     with pytest.raises(ValueError, match='load_heatmaps'): hm.view(0, 'original')
 
 
-def plain_pictures(img, m, alpha, cmap, vmin, vmax):
+def plain_pictures(img, m, style, vmin, vmax):
     "The three pictures by a plain formula, 0 to 255: `img` (H, W, 3) and `m` (H, W) in full"
     seen = np.isfinite(m)
     grey = np.clip((np.where(seen, m, 0)-vmin)/(vmax-vmin), 0, 1)
+    cmap = dict(fade=('plasma', 'coolwarm'), even=('magma', 'RdBu_r'))[style][vmin<0]
+    alpha = .6 if style=='even' else .7*np.clip(abs(np.where(seen, m, 0))/vmax, 0, 1)[...,None]
     colours,seen = plt.get_cmap(cmap)(grey)[...,:3],seen[...,None]
     return dict(map=255*grey, heatmap=255*colours*seen, overlay=255*np.where(seen, alpha*colours+(1-alpha)*img, img))
 
 
 @pytest.mark.parametrize('on', ['input', 'original'])
 @pytest.mark.parametrize('signed', [False, True])
-@pytest.mark.parametrize('fmt', ['png', 'jpg', 'webp'])
-def test_saved_pictures(tmp_path, on, signed, fmt):
+@pytest.mark.parametrize('fmt,style', [('png','fade'), ('png','even'), ('jpg','fade'), ('webp','fade')])
+def test_saved_pictures(tmp_path, on, signed, fmt, style):
     "Two maps an image, on a photo of several strips: the same pixels as by the plain formula"
     im = PILImage.create(np.random.default_rng(0).integers(0, 255, (6,9,3), dtype=np.uint8)).resize((900,600), Image.BICUBIC)
     set_seed(1)
     maps = torch.rand(1, 2, 5, 5) - .5*signed
     hm = Heatmaps(maps, tensor([[0,1]]), tensor([[.6,.4]]), images=Images(photo_dl([PILImage(im)], Resize(112)), [0]))
-    hm.save(tmp_path, fmt, on, interpolation='bilinear')
-    img,laid = hm.view(0, on)
+    hm.save(tmp_path, fmt, on, interpolation='bilinear', style=style)
+    img,laid = hm.view(0, on, 'bilinear')
     if on=='input': laid = F.interpolate(laid[None], img.shape[1:], mode='bilinear')[0]
     for j,scale in enumerate(hm.scales()(0)):
-        want = plain_pictures(img.permute(1, 2, 0).numpy(), laid[j].numpy(), .6, **scale)
+        want = plain_pictures(img.permute(1, 2, 0).numpy(), laid[j].numpy(), style, **scale)
         for k,a in want.items():
             got = np.float32(Image.open(tmp_path/f'image0-{j}-{k}.{fmt}').convert('L' if k=='map' else 'RGB'))
             diff = np.abs(got-a)
-            assert got.shape==a.shape and (diff.max()<1.6 if fmt=='png' else diff.mean()<3), (k, diff.max(), diff.mean())
+            assert got.shape==a.shape and (diff.max()<2.5 if fmt=='png' else diff.mean()<3), (k, diff.max(), diff.mean())
     if fmt=='png': assert {Image.open(o).mode for o in tmp_path.glob('*.png')}=={'L','RGB'}
 
 
@@ -192,7 +194,7 @@ def test_plot_looks_at_the_scale_once(pics, learn, monkeypatch):
     hm,calls,scales = learn.get_heatmaps(method='activations'),[],Heatmaps.scales
     monkeypatch.setattr(Heatmaps, 'scales', lambda self, *args: calls.append(args) or scales(self, *args))
     axs = hm.plot(cmap='viridis', same_scale=True)
-    assert len(hm)>3 and calls==[('viridis', True)]
+    assert len(hm)>3 and calls==[(True,)]
     drawn = [ax.images[1] for ax in axs.flat if len(ax.images)>1]
     assert len(drawn)==len(hm) and len({o.get_clim() for o in drawn})==1 and {o.get_cmap().name for o in drawn}=={'viridis'}
 

@@ -1,6 +1,7 @@
 "What is drawn is where it belongs, in the right colours, and nothing is cut off."
 import pytest
 from conftest import *
+from fastai_heatmaps.data.draw import wrap_title
 
 
 def render(ax):
@@ -24,7 +25,7 @@ def test_cells_lie_on_the_image(h, w, gh, gw):
     for i,j in {(0,0), (gh-1,gw-1), (gh//2,gw//3)}:
         hmap = torch.zeros(gh, gw)
         hmap[i,j] = 1
-        ax = show_overlay(torch.zeros(3, h, w), hmap, exact_axes(w, h), alpha=1, cmap='gray', interpolation='nearest')
+        ax = show_overlay(torch.zeros(3, h, w), hmap, exact_axes(w, h), alpha=1, cmap='gray', interpolation='nearest', style='even')
         lit = render(ax)[...,0]>128
         ys,xs = np.where(lit)
         assert abs(ys.min()-i*h/gh)<=1 and abs(ys.max()+1-(i+1)*h/gh)<=1
@@ -32,15 +33,16 @@ def test_cells_lie_on_the_image(h, w, gh, gw):
 
 
 @pytest.mark.parametrize('h,w,gh,gw', [(352,352,11,11), (96,192,3,6)])
-def test_bilinear_has_no_half_cell_shift(h, w, gh, gw):
+@pytest.mark.parametrize('how', ['bilinear', 'bicubic'])
+def test_an_enlarged_cell_has_not_moved(h, w, gh, gw, how):
     "The centre of mass of one lit cell, interpolated, is the middle of the cell, and the map is that of torch's `align_corners=False`"
     hmap = torch.zeros(gh, gw)
     i,j = gh//2,gw//2
     hmap[i,j] = 1
-    got = render(show_overlay(torch.zeros(3, h, w), hmap, exact_axes(w, h), alpha=1, cmap='gray'))[...,0]/255
+    got = render(show_overlay(torch.zeros(3, h, w), hmap, exact_axes(w, h), alpha=1, cmap='gray', interpolation=how, style='even'))[...,0]/255
     ys,xs = np.mgrid[:h,:w]
     assert abs((got*ys).sum()/got.sum()-((i+.5)*h/gh-.5))<1 and abs((got*xs).sum()/got.sum()-((j+.5)*w/gw-.5))<1
-    want = F.interpolate(hmap[None,None], (h,w), mode='bilinear', align_corners=False)[0,0].numpy()
+    want = F.interpolate(hmap[None,None], (h,w), mode=how, align_corners=False, antialias=True)[0,0].clip(0, 1).numpy() # matplotlib's 'catrom'
     assert np.abs(got-want).max()<.1 and np.abs(got-want).mean()<.01
 
 
@@ -59,16 +61,16 @@ def test_a_bright_mark_is_under_its_evidence():
     x = torch.zeros(1, 3, 96, 160)
     x[...,32:48,112:128] = 1
     maps,_ = model_heatmaps(model, x, cls=0)
-    px = render(show_overlay(x[0], maps[0,0], exact_axes(160, 96), alpha=1, cmap='gray', interpolation='nearest'))[...,0]
+    px = render(show_overlay(x[0], maps[0,0], exact_axes(160, 96), alpha=1, cmap='gray', interpolation='nearest', style='even'))[...,0]
     assert px[32:48,112:128].min()>200 and (px>50).sum()<=18*18
 
 
 def test_colours():
-    "Red for and blue against, white at zero; the same for every panel, also one with evidence of one kind only"
+    "Red for and blue against, nothing at zero; the same for every panel, also one with evidence of one kind only"
     hm = Heatmaps(tensor([[[[-1.,0.],[0.,2.]], [[0.,1.],[1.,1.]]]]), tensor([[0,1]]), tensor([[.9,.1]]), images=Images([0], [0]))
     hm.image = lambda i: torch.zeros(3, 8, 8)
     axs = hm.show()
-    assert [ax.images[1].get_cmap().name for ax in axs]==['RdBu_r']*2
+    assert [ax.images[1].get_cmap().name for ax in axs]==['coolwarm']*2
     assert [ax.images[1].get_clim() for ax in axs]==[(-2,2), (-1,1)]
     assert [ax.images[1].get_clim() for ax in hm.show(same_scale=True)]==[(-2,2)]*2
     assert [ax.images[1].get_cmap().name for ax in hm.show(cmap='jet')]==['jet']*2
@@ -168,3 +170,163 @@ def test_indexing(learn):
     torch.testing.assert_close(hm[4].image(0), hm.image(4))
     with pytest.raises(IndexError): hm[6]
     assert len(list(hm))==6
+
+
+# Styles
+
+def lines(ax): return [o for o in ax.collections if type(o).__name__.endswith('ContourSet')]
+
+
+def test_the_map_is_as_opaque_as_it_is_strong():
+    "Nothing of the photo changes where there is no evidence; at the end of the scale the opacity is alpha, half-way it is half of that"
+    img = torch.rand(3, 60, 90, generator=torch.Generator().manual_seed(0))
+    photo,plasma = img.permute(1,2,0).numpy(),plt.get_cmap('plasma')
+    for alpha in (None, .4):
+        px = render(show_overlay(img, tensor([[0.,1.,2.]]), exact_axes(90, 60), alpha=alpha, interpolation='nearest'))/255
+        for j,v in enumerate((0., .5, 1.)):
+            a,part = (alpha or .7)*v,np.s_[5:-5,30*j+5:30*j+25] # without the line at the half
+            assert np.abs(px[part]-(a*np.array(plasma(v)[:3])+(1-a)*photo[part])).max()<.02
+    even = render(show_overlay(img, torch.zeros(1, 3), exact_axes(90, 60), style='even'))/255
+    assert np.abs(even-(.6*np.array(plt.get_cmap('magma')(0)[:3])+.4*photo)).max()<.02 # darker everywhere
+
+
+def test_no_crosses():
+    "A lone cell becomes a round spot that is as strong as the cell: half a cell from its middle, the same along a row as along a diagonal"
+    hmap = torch.zeros(7, 7)
+    hmap[3,3] = 1
+    def spread(how):
+        px = render(show_overlay(torch.zeros(3, 350, 350), hmap, exact_axes(350, 350), alpha=1, cmap='gray', style='even', interpolation=how))[...,0]/255
+        assert px[174:176,174:176].min()>.97
+        return abs(px[175,175+25]-px[175+18,175+18])
+    assert spread('bilinear')>.07 and spread('bicubic')<.02
+
+
+def test_the_line_runs_round_the_strong_half():
+    "Where the enlarged map crosses half of the scale, white on black; dashed round what is against; nothing moves on the Axes"
+    ramp = torch.linspace(0, 1, 8).expand(8, 8)
+    ax = show_overlay(torch.full((3, 64, 64), .5), ramp, exact_axes(64, 64))
+    line, = lines(ax)
+    path, = line.get_paths()
+    assert np.abs(path.vertices[:,0]-31.5).max()<.5 and path.vertices[:,1].min()<1 and path.vertices[:,1].max()>62
+    assert ax.get_xlim()==(-.5, 63.5) and ax.get_ylim()==(63.5, -.5)
+    px = render(ax).mean(2)[10:-10,28:36]
+    assert px.max()-px.min()>120 # in grey as well
+    assert not lines(show_overlay(torch.zeros(3, 64, 64), ramp, vmin=0, vmax=3)) # weaker than half of the scale
+    assert not lines(show_overlay(torch.zeros(3, 64, 64), ramp*0+1)) and not lines(show_overlay(torch.zeros(3, 64, 64), tensor([[1.]])))
+    for style in ('even', 'pixels'): assert not lines(show_overlay(torch.zeros(3, 64, 64), ramp, style=style))
+    signed, = lines(show_overlay(torch.zeros(3, 64, 64), torch.linspace(-1, 1, 8).expand(8, 8)))
+    assert signed.levels.tolist()==pytest.approx([-.5, .5])
+    assert [dashes is not None for _,dashes in signed.get_linestyles()]==[True, False]
+    nearest, = lines(show_overlay(torch.zeros(3, 64, 64), torch.tensor([[0.,1.]]), interpolation='nearest'))
+    assert np.abs(nearest.get_paths()[0].vertices[:,0]-31.5).max()<.5 # along the edge of the cell
+    seen = torch.ones(40, 40)
+    seen[:,:10] = float('nan')
+    seen[:,25:] = 0
+    part, = lines(show_overlay(torch.zeros(3, 40, 40), seen))
+    assert 23<part.get_paths()[0].vertices[:,0].min()<26 # not where the model saw nothing
+
+
+def test_styles_are_words(learn, pics):
+    f = get_image_files(pics)[0]
+    with pytest.raises(ValueError, match="style is 'seed'; expected one of fade, even, pixels"): learn.show_gradcam(f, style='seed')
+    for name,o in dict(fade='plasma', even='magma', pixels='magma').items(): assert learn.show_gradcam(f, style=name).images[1].get_cmap().name==o
+    for name,alpha in dict(fade=.7, even=.6, pixels=1).items(): assert learn.show_gradcam(f, style=name).images[1].get_alpha()==alpha
+    assert learn.show_gradcam(f, style='even').images[1].get_interpolation()=='bilinear' # as it always was
+
+
+def test_pixels_are_drawn_as_pixels(learn, pics):
+    f = get_image_files(pics)[0]
+    for ax in (learn.show_saliency(f), learn.get_heatmaps(f, method='saliency').show(), learn.plot_heatmap_grid([f], method='saliency')[0,1]):
+        im = ax.images[1]
+        assert im.get_alpha()==1 and im.get_interpolation()=='antialiased' and not lines(ax)
+    assert learn.show_saliency(f, alpha=.5).images[1].get_alpha()==.5 and learn.show_saliency(f, style='fade').images[1].get_alpha()==.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', heatmap_methods)
+def test_which_methods_make_pixels(method):
+    "Those whose maps have the size of the picture because they are of its pixels; those of RISE and occlusion are of larger patches"
+    maps,_ = model_heatmaps(net_for(method), torch.rand(1, 3, 64, 64), cls=0, method=method, **quick.get(method, {}))
+    assert heatmap_methods[method].pixels==(maps.shape[-2:]==(64,64) and method not in ('rise', 'occlusion'))
+
+
+# Scales
+
+def boxes(axs): return [ax.get_window_extent() for ax in axs]
+
+
+def test_bars(learn):
+    "A bar is as high as its picture and beside it, and its ends are those of the scale; one for all where the scale is one"
+    hm = learn.get_heatmaps(cls=[0,1])[:3]
+    for axs in (hm.plot(colorbar=True), hm.show(0, colorbar=True), learn.plot_heatmap_grid(n=2, colorbar=True), learn.show_gradcam(hm.items[0], colorbar=True)):
+        axs = np.atleast_1d(axs).ravel()
+        axs[0].figure.canvas.draw()
+        maps = [ax for ax in axs if len(ax.images)>1]
+        for ax in maps:
+            bar, = ax.child_axes
+            a,b = boxes([ax, bar])
+            assert b.x0>a.x1 and b.x0-a.x1<.06*a.width and abs(a.y0-b.y0)<1 and abs(a.y1-b.y1)<1
+            low,high = ax.images[1].get_clim()
+            assert bar.get_ylim()==(low, high) and [t.get_text() for t in bar.get_yticklabels()]==[f'{o:.2g}' for o in (low, (low+high)/2, high)]
+            for other in axs:
+                if other is not ax: assert not bar.get_tightbbox().overlaps(other.get_window_extent())
+    axs = hm.plot(colorbar=True, same_scale=True)
+    fig = axs.flat[0].figure
+    fig.canvas.draw()
+    bar, = [ax for ax in fig.axes if ax not in list(axs.flat)]
+    assert not any(ax.child_axes for ax in axs.flat) and all(bar.get_window_extent().x0>b.x1 for b in boxes(axs.flat))
+    assert bar.get_ylim()==(0, pytest.approx(float(hm.maps.max())))
+
+
+def by_hand(tops, **kwargs):
+    "Heatmaps of one image, with these maxima"
+    hm = Heatmaps(tensor([[[[0.,t],[t/2,0.]] for t in tops]]), tensor([list(range(len(tops)))]), torch.full((1,len(tops)), .1), **kwargs)
+    hm.images.image = lambda i: torch.zeros(3, 64, 64)
+    return hm
+
+
+def test_a_weak_map_says_that_it_is_shown_stronger():
+    def titles(axs): return [' '.join(ax.get_title().split()) for ax in axs]
+    hm = by_hand([2., .5, 1.8, 0.])
+    assert titles(hm.show())==['0 0.10', '1 0.10 (shown 4× stronger)', '2 0.10', '3 0.10 (no evidence here: the map is flat)']
+    assert titles(hm.plot().flat)[1:]==titles(hm.show())
+    assert not any('stronger' in t for t in titles(hm.show(same_scale=True)))
+    assert not any('stronger' in t for t in titles(hm.replace(maps=hm.maps*0).show()))
+    axs = hm.plot()
+    assert axs[0,2].title.get_color()==axs[0,1].title.get_color()
+
+
+def test_weaker_than_another_image(learn):
+    "In a grid, all maps are compared"
+    axs = learn.plot_heatmap_grid(n=6, seed=0)
+    drawn = [ax for ax in axs.flat if len(ax.images)>1]
+    tops = [ax.images[1].get_clim()[1] for ax in drawn]
+    for ax,t in zip(drawn, tops): assert ('stronger' in ax.get_title())==(max(tops)/t>=1.5)
+    if min(tops)*1.5<max(tops): assert any('stronger' in ax.get_title() for ax in drawn)
+
+
+# Titles
+
+def test_activations_are_of_no_class(learn, pics):
+    f = get_image_files(pics)[0]
+    assert ' '.join(learn.show_activations(f).get_title().split())=='activations, whatever the class'
+    hm = learn.get_heatmaps(method='eigencam')
+    assert hm.title(0)==(['eigencam, whatever the class', f'truth: {hm.truth(0)}'], 'black') # neither right nor wrong
+    assert learn.get_heatmaps(method='gradcam').title(0)[0][0].split()[0] in learn.dls.vocab
+
+
+@pytest.mark.parametrize('name', ['american_bulldog', 'Staffordshire bullterrier', 'Donaudampfschifffahrtsgesellschaftskapitän', 'a_b/c', 'x'*60])
+def test_titles_are_broken_between_words(name):
+    "At spaces, _ and / only; a word that is too wide makes the letters smaller, and only one that is too wide at 6 points is broken; spaces that must not break do not"
+    fig,axs = plt.subplots(1, 3, figsize=(5, 2))
+    for ax in axs:
+        show_image(torch.zeros(3, 20, 30), ctx=ax)
+        wrap_title(ax, [f'{name} / {name} / 5.21 / 0.32', 'dog 0.80\xa0✓'])
+    got = axs[0].get_title().split('\n')
+    assert ''.join(''.join(got).split(' '))==''.join(f'{name} / {name} / 5.21 / 0.32dog 0.80\xa0✓'.split(' '))
+    if len(name)<40: assert all(re.search(r'[/_]$', a) or a.split(' ')[-1] in f'{name} / 5.21 0.32 dog'.split(' ') for a in got[:-1])
+    assert '0.80\xa0✓' in got[-1] and ' '.join(got).count('0.80\xa0✓')==1
+    fig.canvas.draw()
+    wide = [ax.title.get_window_extent() for ax in axs]
+    assert all(t.width<=max(b.width, 60/72*fig.dpi)+2 for t,b in zip(wide, boxes(axs))) and not wide[0].overlaps(wide[1])
+    assert axs[0].title.get_fontsize()>=6

@@ -107,10 +107,10 @@ def test_a_negative_number_shows_its_evidence(pics):
     assert hm.task=='numbers' and (hm.preds<0).all() and (hm.maps<0).flatten(1).any(1).all()
     assert not any('no evidence' in l for l in hm.title(0)[0])
     ax = learn.show_gradcam(hm.items[0])
-    assert ax.images[1].get_cmap().name=='RdBu_r' and ax.images[1].get_clim()[0]<0
+    assert ax.images[1].get_cmap().name=='coolwarm' and ax.images[1].get_clim()[0]<0
     torch.testing.assert_close(hm.maps, learn.get_heatmaps(relu=False).maps)
     cut = learn.get_heatmaps(relu=True)
-    assert not cut.maps.any() and cut.notes(0)==['(no evidence for it: relu=False shows that against it)']
+    assert not cut.maps.any() and cut.notes(0)==['(no positive evidence here: try relu=False, or an earlier layer)']
 
 
 def test_which_tasks_are_signed(learn):
@@ -127,9 +127,9 @@ def test_a_map_that_is_cut_off_says_so(pics, tmp_path, dtype):
         learn.model[0][0].weight.fill_(1/192)
         learn.model[1][2].weight.copy_(tensor([[1.,1.],[-1.,-1.]]))
     hm = learn.get_heatmaps(cls=[0,1], dtype=dtype, out=tmp_path/'a')[[1,4]]
-    assert [hm.notes(1, j) for j in (0,1)]==[[], ['(no evidence for it: relu=False shows that against it)']]
+    assert [hm.notes(1, j) for j in (0,1)]==[[], ['(no positive evidence here: try relu=False, or an earlier layer)']]
     with torch.no_grad(): learn.model[1][2].weight.zero_()
-    for relu in (True, False): assert learn.get_heatmaps(relu=relu).notes(0)==['(no evidence: the map is flat)']
+    for relu in (True, False): assert learn.get_heatmaps(relu=relu).notes(0)==['(no evidence here: the map is flat; try an earlier layer)']
 
 
 # ---- inputs that are no pictures

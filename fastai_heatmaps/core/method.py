@@ -52,12 +52,13 @@ def heatmap_method(
     needs:str=None, # As in the table above; None = 'activations' or 'gradients', by the number of its parameters
     cost:str='', # In passes of the model, for the table
     during:callable=None, # A context for the forward pass
+    pixels:bool=False, # Is it a map of single pixels, to be drawn without the photo?
     of_class:str=None # Does the map depend on the class? For the table; None = 'no' if it needs activations alone, else '?'
 ):
     "Decorate a function to make it known as `method=name`; it must not change its arguments, and its own options have defaults"
     if needs not in (None, *_needs): raise ValueError(f"needs is {needs!r}; expected one of {', '.join(_needs)}")
     def _inner(f):
-        f.needs,f.cost,f.during = needs or needs_of(f),cost,during
+        f.needs,f.cost,f.during,f.pixels = needs or needs_of(f),cost,during,pixels
         f.of_class = ifnone(of_class, 'no' if f.needs=='activations' else '?')
         heatmap_methods[name] = f
         return f
@@ -138,7 +139,8 @@ def get_method(
     known = isinstance(method, str) and method in heatmap_methods
     if not known and not callable(method): raise _unknown(method)
     f = heatmap_methods[method] if known else method
-    name = method if known else getattr(f, '__name__', type(f).__name__)
+    base = getattr(f, 'func', f) # inside a partial
+    name = next((n for n,o in heatmap_methods.items() if o is base), None) or getattr(base, '__name__', type(base).__name__)
     if options:
         has = [n for n,p in signature(f).parameters.items() if p.default is not p.empty]
         wrong = [n for n in options if n not in has]

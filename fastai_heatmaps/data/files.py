@@ -11,6 +11,7 @@ from fastai.basics import *
 from ..core.no_trace import no_trace
 from .drawn import drawn_by, is_drawn
 from .photo import photo_strips
+from .draw import styled
 from .heatmaps import Heatmaps
 from .. import __version__
 from filelock import FileLock, Timeout # which comes with torch
@@ -125,34 +126,37 @@ def _laid(hm, i, on, interpolation): # image `i` in RGB; for each of its maps th
         strips = [photo_strips(m[None], grid, photo.size[::-1], interpolation) for m in hm.maps[i]]
     else:
         img,maps = hm.view(i, on)
-        if maps.shape[1:]!=img.shape[1:]: maps = F.interpolate(maps[None], img.shape[1:], mode=interpolation)[0]
+        if maps.shape[1:]!=img.shape[1:]:
+            smooth = dict(antialias=True) if interpolation=='bicubic' else {} # as `lay_map` draws it
+            maps = F.interpolate(maps[None], img.shape[1:], mode=interpolation, **smooth)[0]
         photo = Image.fromarray((255*img.expand(3, -1, -1)).round().byte().permute(1, 2, 0).numpy())
         strips = [[(0, m[None])] for m in maps]
     return (photo if photo.mode=='RGB' else photo.convert('RGB')),strips
 
 # %% ../../nbs/24_data.files.ipynb #ph000022
-def _coloured(m, cmap, vmin, vmax): # a map in grey and in colours, black where the model saw nothing; a mask of what it saw
+def _coloured(m, look, vmin, vmax): # a map in grey; in colours, black where the model saw nothing; its opacity
     seen = np.isfinite(m)
     m = np.clip((np.where(seen, m, 0)-vmin) / (vmax-vmin), 0, 1)
-    cmap = plt.get_cmap(cmap)
-    table = np.rint(255*cmap(np.arange(cmap.N))[:,:3]).astype(np.uint8)
-    colours = table.take(np.minimum(m*cmap.N, cmap.N-1).astype(int), 0)
-    return np.rint(255*m).astype(np.uint8), colours*seen[...,None], np.uint8(255)*seen
+    cmap = look['cmap']
+    table = cmap(np.arange(cmap.N))
+    table[:,3] *= look['alpha']
+    res = np.rint(255*table).astype(np.uint8).take(np.minimum(m*cmap.N, cmap.N-1).astype(int), 0) * seen[...,None]
+    return np.rint(255*m).astype(np.uint8), np.ascontiguousarray(res[...,:3]), np.ascontiguousarray(res[...,3])
 
 # %% ../../nbs/24_data.files.ipynb #6be3598c
-def _pictures(hm, i, on, alpha, interpolation, scales): # the `_kinds` of each map of image `i`; the next may overwrite the last
-    photo,maps = _laid(hm, i, on, interpolation)
+def _pictures(hm, i, on, look, scales): # the `_kinds` of each map of image `i`; the next may overwrite the last
+    photo,maps = _laid(hm, i, on, look['interpolation'])
     w,h = photo.size
-    grey,colours,seen = pics = [Image.new(mode, photo.size) for mode in ('L', 'RGB', 'L')]
+    grey,colours,opacity = pics = [Image.new(mode, photo.size) for mode in ('L', 'RGB', 'L')]
     for strips,scale in zip(maps, scales):
         for top,m in strips:
-            for pic,part in zip(pics, _coloured(m[0].numpy(), **scale)): pic.paste(Image.fromarray(part), (0, top))
+            for pic,part in zip(pics, _coloured(m[0].numpy(), look, **scale)): pic.paste(Image.fromarray(part), (0, top))
         yield grey
         yield colours
         for top in range(0, h, 64):
             box = 0,top,w,min(top+64, h)
-            under,over,mask = [o.crop(box) for o in (photo, colours, seen)]
-            colours.paste(Image.composite(Image.blend(under, over, alpha), under, mask), box)
+            over,under,mask = [o.crop(box) for o in (colours, photo, opacity)]
+            colours.paste(Image.composite(over, under, mask), box)
         yield colours
 
 # %% ../../nbs/24_data.files.ipynb #ph000023
@@ -182,22 +186,25 @@ def save(self:Heatmaps,
     on='input', # What the maps lie on, and the size of the pictures: 'input' = what the model saw, 'original' = the photo as it was opened
     names:list=None, # What the files of each image are called; None = like the image's own file, or by its place
     overwrite:bool=False, # Write over pictures of the same names, if this package drew them?
-    alpha=0.6, # Opacity of the map on the image: 0 to 1
-    cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values
-    interpolation='bilinear', # 'nearest' shows the cells; or 'bicubic'
-    same_scale=False # One colour scale for all the maps of these `Heatmaps`?
+    same_scale=False, # One scale for all the maps of these `Heatmaps`?
+    alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = .7, .6 for 'even', 1 for 'pixels'
+    cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
+    interpolation=None, # 'bicubic', the default, 'bilinear', or 'nearest', which shows the cells
+    style=None # 'fade' = as opaque as it is strong; 'even' = equally opaque, as maps of single pixels are; 'pixels' = without the photo
 ) -> Path: # The table
     "Write three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv"
     if fmt not in _formats: raise ValueError(f"fmt is {fmt!r}; expected one of {', '.join(_formats)}")
-    if interpolation not in ('nearest', 'bilinear', 'bicubic'):
+    if interpolation not in (None, 'nearest', 'bilinear', 'bicubic'):
         raise ValueError(f"interpolation is {interpolation!r}; expected 'nearest', 'bilinear' or 'bicubic'")
     if not len(self): raise ValueError("there are no heatmaps to save")
     names = names or [Path(o).stem for o in self.images.names]
     if len(names)!=len(self): raise ValueError(f"there are {len(names)} names for {len(self)} images: pass one for each")
+    scales = self.scales(same_scale) # looks at all maps, once
+    if style is None: style = 'even' if self.style=='pixels' else 'fade'
+    look = styled(scales(0)[0]['vmin']<0, alpha, cmap, self.enlarging(interpolation), style)
     folder,rows = Path(folder).expanduser(),_rows(self, names, fmt)
     _check_folder(folder, sum(rows, []), fresh=not overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    scales = self.scales(cmap, same_scale) # looks at all maps, once
     for i,row in enumerate(rows):
-        _write(_pictures(self, i, on, alpha, interpolation, scales(i)), [folder/r[k] for r in row for k in _kinds], fmt)
+        _write(_pictures(self, i, on, look, scales(i)), [folder/r[k] for r in row for k in _kinds], fmt)
     return add_rows(folder/'manifest.csv', sum(rows, []))

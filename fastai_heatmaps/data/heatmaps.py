@@ -12,10 +12,11 @@ from fastai.basics import *
 from ..core.no_trace import no_trace
 from ..core.layers import layer_names
 from ..core.tasks import tasks
+from ..core.method import heatmap_methods
 from ..core.passes import all_was_against
 from .images import Images
 from .photo import on_photo
-from .draw import color_scale, show_overlay, wrap_title, new_panels
+from .draw import styles, color_scale, lay_map, show_overlay, wrap_title, show_scales, new_panels
 import io
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
@@ -137,9 +138,15 @@ def notes(self:Heatmaps, i, j=0):
     "List what has to be said of a map besides its class: that it is empty, and what the method reports"
     m,notes = self.maps[i][j],[]
     if not m.isfinite().all(): notes.append('(no map: its values are not finite)')
-    elif all_was_against(m): notes.append('(no evidence for it: relu=False shows that against it)')
-    elif not m.any(): notes.append('(no evidence: the map is flat)')
+    elif all_was_against(m): notes.append(f"(no positive evidence here: try relu=False{', or an earlier layer' if self.layer else ''})")
+    elif not m.any(): notes.append(f"(no evidence here: the map is flat{'; try an earlier layer' if self.layer else ''})")
     return notes + [f'{k} {v[i,j]:.2f}' for k,v in self.info.items()]
+
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000023
+@patch(as_prop=True)
+def by_class(self:Heatmaps):
+    "Ask whether the method makes another map for another class"
+    return getattr(heatmap_methods.get(self.method), 'needs', '')!='activations'
 
 # %% ../../nbs/23_data.heatmaps.ipynb #458366d2
 @patch
@@ -151,11 +158,11 @@ def title(self:Heatmaps,
     "Title a map with the class explained, the predicted and the true one"
     task = tasks[self.task]
     p,c = self.preds[i],int(self.cls[i,j])
-    lines,color = [task.says(self.name(c), p, c)],'black'
+    lines,color = [task.says(self.name(c), p, c) if self.by_class else f'{self.method}, whatever the class'],'black'
     if self.targs is not None:
         t,shown = self.targs[i],self.cls[i].tolist()
         pred = task.predicted(p)
-        right = task.right(p, t, c, shown, self.thresh)
+        right = task.right(p, t, c, shown, self.thresh) if self.by_class else None
         if pred is not None and pred not in shown: lines.append(f'predicted: {task.says(self.name(pred), p, pred)}')
         if right is not None:
             lines[-1] += '\xa0✓' if right else '\xa0✗'
@@ -163,12 +170,25 @@ def title(self:Heatmaps,
         if truth: lines.append(f'truth: {task.truth_of(t, c, self.name)}')
     return lines + self.notes(i, j),color
 
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000021
+@patch(as_prop=True)
+def style(self:Heatmaps):
+    "Name the style in which these maps are drawn, unless another is asked for"
+    return 'pixels' if getattr(heatmap_methods.get(self.method), 'pixels', False) else 'fade'
+
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000022
+@patch
+def enlarging(self:Heatmaps, interpolation=None):
+    "Tell how PyTorch enlarges these maps: 'nearest', 'bilinear' or 'bicubic'"
+    how = interpolation or styles[self.style]['interpolation']
+    return how if how in ('nearest', 'bicubic') else 'bilinear'
+
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000004
 @patch
 def view(self:Heatmaps,
     i:int, # Which image
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened
-    interpolation='bilinear', # How maps are carried back to a photo
+    interpolation=None, # How maps are carried back to a photo; None = as their style has it
     limit=None # Longest side of a photo, in pixels; None = as it is
 ) -> tuple: # The image (channels, H, W) in 0 to 1; its maps (k, h, w), NaN where the model did not see a photo
     "Get an image, and its maps to lie over it"
@@ -179,42 +199,35 @@ def view(self:Heatmaps,
     photo,grid = self.images.photo(i, limit)
     if photo.mode not in ('L', 'RGB'): photo = photo.convert('RGB')
     img = image2tensor(photo).float()/255
-    mode = interpolation if interpolation in ('nearest', 'bicubic') else 'bilinear'
-    return img,on_photo(maps, grid, img.shape[-2:], mode)
+    return img,on_photo(maps, grid, img.shape[-2:], self.enlarging(interpolation))
 
 # %% ../../nbs/23_data.heatmaps.ipynb #d379f06f
 @patch
 def scales(self:Heatmaps,
-    cmap=None, # A matplotlib colormap; None = that of `color_scale`
-    same_scale=False # One colour scale for all maps of all images?
+    same_scale=False # One scale for all maps of all images?
 ) -> callable: # `i ->` a list of what `color_scale` gives, one for each map of image `i`
-    "Make a function that gives the colour scales of an image's maps"
+    "Make a function that gives the scales of an image's maps"
     common = color_scale(self.maps)
     signed = common['vmin']<0
-    def of(i):
-        scales = [common if same_scale else color_scale([m], signed) for m in self.maps[i]]
-        return [{**o, 'cmap':cmap or o['cmap']} for o in scales]
-    return of
+    return lambda i: [common if same_scale else color_scale([m], signed) for m in self.maps[i]]
 
 # %% ../../nbs/23_data.heatmaps.ipynb #dcb824bd
 @patch
+@delegates(lay_map, but='ax,hmap,vmin,vmax')
 def draw(self:Heatmaps,
     i:int, # Which image
     img:Tensor, # As from `view`
     axs:list, # k matplotlib Axes
-    alpha=0.6, # Opacity of the map: 0 to 1
-    cmap=None, # A matplotlib colormap; None = that of `color_scale`
-    interpolation='bilinear', # As in matplotlib's `imshow`
     truth=True, # Name the true class too, where it is known?
-    same_scale=False, # One colour scale for all the maps of these `Heatmaps`?
     maps=None, # As from `view`; None = those of image `i`
-    scales=None # As from `scales`, instead of `cmap` and `same_scale`; for many images they are made once
+    scales=None, # As from `scales`; None = each map has its own
+    **kwargs
 ):
     "Draw the maps of image `i` over it, each titled with its class"
     maps = ifnone(maps, self.maps[i].float())
-    scales = scales or self.scales(cmap, same_scale)
+    scales,style = scales or self.scales(),kwargs.pop('style', None) or self.style
     for j,(ax,m,scale) in enumerate(zip(axs, maps, scales(i))):
-        show_overlay(img, m, ax, alpha, interpolation=interpolation, **scale)
+        show_overlay(img, m, ax, style=style, **scale, **kwargs)
         wrap_title(ax, *self.title(i, j, truth))
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000017
@@ -228,24 +241,25 @@ def _class_panels(img, k, figsize=None): # a figure with `k` Axes of the shape o
 
 # %% ../../nbs/23_data.heatmaps.ipynb #60068516
 @patch
+@delegates(lay_map, but='ax,hmap,vmin,vmax')
 @no_trace
 def show(self:Heatmaps,
     i:int=0, # Which image
     ctx=None, # A matplotlib Axes, or one for each class; None = a new figure with one panel a class, four a row
-    alpha=0.6, # Opacity of the map: 0 to 1
-    cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values
-    interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
     figsize=None, # Of a new figure, in inches
-    same_scale=False, # One colour scale for all the maps of these `Heatmaps`?
-    on='input' # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
+    same_scale=False, # One scale for all the maps of these `Heatmaps`?
+    colorbar=False, # Show the scale beside the maps?
+    on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
+    **kwargs
 ): # The Axes, or an array of them for several classes
     "Draw the maps of image `i` over it, each titled with its class and probability"
-    img,maps = self.view(i, on, interpolation, limit=1024)
+    img,maps = self.view(i, on, kwargs.get('interpolation'), limit=1024)
     k,fig = len(maps),None
     if ctx is None: fig,ctx = _class_panels(img, k, figsize)
     axs = np.atleast_1d(ctx).ravel()
     if len(axs)!=k: raise ValueError(f"{k} classes need {k} Axes, not {len(axs)}: pass a list of them as ctx, or none")
-    self.draw(i, img, axs, alpha, cmap, interpolation, same_scale=same_scale, maps=maps)
+    self.draw(i, img, axs, maps=maps, scales=self.scales(same_scale), **kwargs)
+    show_scales(axs, same_scale, colorbar)
     return axs if k>1 else axs[0]
 
 # %% ../../nbs/23_data.heatmaps.ipynb #13bb7a68
@@ -255,14 +269,16 @@ def show(self:Heatmaps,
 def plot(self:Heatmaps,
     ncols=None, # How many images a row, each with its heatmaps; None = about four panels a row
     figsize=None, # In inches
+    same_scale=False, # One scale for all the maps?
+    colorbar=False, # Show the scale beside the maps?
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
     **kwargs
 ): # An array of Axes, rows × columns
     "Draw a grid: each image, titled with the true class where it is known, and beside it its heatmaps"
     n,k = len(self),self.cls.shape[1]
     if not n: raise ValueError("there are no heatmaps to draw")
-    views = [self.view(i, on, kwargs.get('interpolation', 'bilinear'), limit=1024) for i in range(n)]
-    scales = self.scales(kwargs.get('cmap'), kwargs.get('same_scale', False))
+    views = [self.view(i, on, kwargs.get('interpolation'), limit=1024) for i in range(n)]
+    scales = self.scales(same_scale)
     ncols = min(n, ncols or max(1, 4//(k+1)))
     cols = ncols*(k+1)
     width = 12/max(cols, 4)
@@ -273,6 +289,7 @@ def plot(self:Heatmaps,
         show_image(img, ctx=first, cmap='gray')
         if self.targs is not None: wrap_title(first, [self.truth(i)])
         self.draw(i, img, rest, truth=False, maps=maps, scales=scales, **kwargs)
+    show_scales(axs.flat, same_scale, colorbar)
     return axs
 
 # %% ../../nbs/23_data.heatmaps.ipynb #e8d712cc

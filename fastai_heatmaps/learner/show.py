@@ -64,22 +64,21 @@ def show_activations(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     **kwargs
 ): # The Axes
-    "Show where the body fires, whatever the class: the mean of its channels, titled with the model's answer"
+    "Show where the body fires, whatever the class: the mean of its channels"
     return self.show_heatmap(img, method='activations', **kwargs)
 
 # %% ../../nbs/32_learner.show.ipynb #10ea7f5a
 @patch
-@delegates(Learner.show_heatmap, but='layer,alpha', keep=True)
+@delegates(Learner.show_heatmap, but='layer', keep=True)
 def show_saliency(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     cls=None, # None = the predicted class; a class by name or index, or a list of them: one panel each; 'targ' = the label
     method='saliency', # Or 'gradient_x_input', 'smoothgrad', 'integrated_gradients', 'guided_backprop', 'deconvnet', 'guided_gradcam'
     relu:bool=None, # As in `get_heatmaps`: blue is evidence against the class; 'saliency' and its like have no sign
-    alpha=1., # Opacity of the map: at 1 it hides the photo
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Show which pixels of `img` would change the score of `cls`: saliency (Simonyan et al. 2013, arXiv 1312.6034) or a like method"
-    return self.show_heatmap(img, cls, method, relu=relu, alpha=alpha, **kwargs)
+    return self.show_heatmap(img, cls, method, relu=relu, **kwargs)
 
 # %% ../../nbs/32_learner.show.ipynb #585e4ed9
 @patch

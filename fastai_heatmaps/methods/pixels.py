@@ -17,7 +17,7 @@ from .cam import gradcam
 from itertools import islice
 
 # %% ../../nbs/12_methods.pixels.ipynb #8c40ab2d
-@heatmap_method('saliency', needs='input', cost='1 forward, 1 backward', of_class='yes')
+@heatmap_method('saliency', needs='input', cost='1 forward, 1 backward', pixels=True, of_class='yes')
 def saliency(
     x:Tensor, # The input (n, C, H, W)
     grads:Tensor # `∂y/∂x`, of the same shape
@@ -26,7 +26,7 @@ def saliency(
     return grads.abs().amax(1)
 
 # %% ../../nbs/12_methods.pixels.ipynb #15b1e31b
-@heatmap_method('gradient_x_input', needs='input', cost='1 forward, 1 backward', of_class='yes')
+@heatmap_method('gradient_x_input', needs='input', cost='1 forward, 1 backward', pixels=True, of_class='yes')
 def gradient_x_input(
     x:Tensor, # The input (n, C, H, W)
     grads:Tensor # `∂y/∂x`, of the same shape
@@ -89,7 +89,7 @@ class relu_rule(FunctionMode):
             warn("this model calls no ReLU, so guided backpropagation gives its plain gradients, as 'saliency' does")
 
 # %% ../../nbs/12_methods.pixels.ipynb #568d3608
-@heatmap_method('guided_backprop', needs='input', cost='1 forward, 1 backward', during=relu_rule, of_class='hardly')
+@heatmap_method('guided_backprop', needs='input', cost='1 forward, 1 backward', during=relu_rule, pixels=True, of_class='hardly')
 def guided_backprop(
     x:Tensor, # The input (n, C, H, W)
     grads:Tensor # `∂y/∂x` with guided ReLUs, of the same shape
@@ -98,7 +98,7 @@ def guided_backprop(
     return saliency(x, grads)
 
 # %% ../../nbs/12_methods.pixels.ipynb #846ff946
-@heatmap_method('deconvnet', needs='input', cost='1 forward, 1 backward', during=partial(relu_rule, False), of_class='hardly')
+@heatmap_method('deconvnet', needs='input', cost='1 forward, 1 backward', during=partial(relu_rule, False), pixels=True, of_class='hardly')
 def deconvnet(
     x:Tensor, # The input (n, C, H, W)
     grads:Tensor # `∂y/∂x` with ReLUs that let positive gradients back, of the same shape
@@ -107,7 +107,7 @@ def deconvnet(
     return saliency(x, grads)
 
 # %% ../../nbs/12_methods.pixels.ipynb #9683ff94
-@heatmap_method('guided_gradcam', needs='layer', cost='2 forward, 1 backward', of_class='yes')
+@heatmap_method('guided_gradcam', needs='layer', cost='2 forward, 1 backward', pixels=True, of_class='yes')
 def guided_gradcam(
     probe:Probe # Of images (n, C, H, W), with a layer for Grad-CAM
 ) -> Tensor: # (n, k, H, W)
@@ -117,7 +117,7 @@ def guided_gradcam(
     return F.interpolate(cams, probe.x.shape[2:], mode='bilinear') * grads.abs().amax(2).transpose(0, 1)
 
 # %% ../../nbs/12_methods.pixels.ipynb #a493b9b2
-@heatmap_method('smoothgrad', needs='model', cost='n forward and backward (n = 32)')
+@heatmap_method('smoothgrad', needs='model', cost='n forward and backward (n = 32)', pixels=True)
 def smoothgrad(
     probe:Probe, # Of images (n, C, H, W)
     n:int=32, # How many noisy copies
@@ -249,7 +249,7 @@ def integral(
     return torch.cat(maps),y[0],max(taken)
 
 # %% ../../nbs/12_methods.pixels.ipynb #53e7c70f
-@heatmap_method('integrated_gradients', needs='model', cost='50 to 400 forward and backward')
+@heatmap_method('integrated_gradients', needs='model', cost='50 to 400 forward and backward', pixels=True)
 def integrated_gradients(
     probe:Probe, # Of images (n, C, H, W)
     baseline=0., # Where the way begins, as `fill` in `filled`; 0 is the mean colour of the data if they are normalised

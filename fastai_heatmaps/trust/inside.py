@@ -294,7 +294,7 @@ def _draw(hm, mask_of, on, each, n=4, figsize=None, **looks): # `looks`: for `He
     fig,axs = new_panels(math.ceil(len(rows)*k/cols), cols, width, width*tallest+.5, figsize)
     for ax in axs.flat: ax.axis('off')
     for i,(img,maps),some in zip(rows, views, axs.flat[:len(rows)*k].reshape(-1, k)):
-        hm.draw(i, img, some, maps=maps, **looks)
+        hm.draw(i, img, some, maps=maps, **{'style':'even', **looks}) # whose maps have no outline of their own
         mask = mask_in(mask_of(i), frame_of(hm, i, on)[0])
         small = F.interpolate(mask[None,None].float(), img.shape[-2:], mode='nearest-exact')[0,0]
         for j,ax in enumerate(some):

@@ -274,7 +274,7 @@ def _picture_rows(fig, gs, img, pictures): # returns the Axes
     for r,(name,maps) in enumerate(pictures.items()):
         for c,(title,m) in enumerate(maps.items()):
             ax = fig.add_subplot(gs[r,c])
-            show_overlay(img, m, ax, 1 if m.shape[-1]>=img.shape[-1]/2 else .6) # pixels hide the photo
+            show_overlay(img, m, ax, style='pixels' if m.shape[-1]>=img.shape[-1]/2 else 'even')
             if r==0: ax.set_title(title, fontsize=10, parse_math=False)
             if c==0:
                 look = dict(rotation=90, ha='right', va='center', multialignment='center', fontsize=10, parse_math=False)

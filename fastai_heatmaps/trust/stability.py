@@ -136,7 +136,7 @@ def _found(res, names, noise): # the `Findings` of what `measure_stability` give
     clear = torch.stack([r['noise']+r['flip'] for r in res]).isfinite().all(0)[:,0].nonzero().flatten().tolist()
     i = (clear or [0])[0] # an image whose maps can be compared
     words = '\n\n'.join([*map(_words, names, res), _left_out(res[0]['moved'], noise)])
-    drawn = [[hm[i].replace(images=None, learn=None) for hm in o] for o in hms]
+    drawn = [[hm[i].replace(images=None) for hm in o] for o in hms]
     draw = partial(_draw_stability, hms[0][0].image(i), drawn, names)
     return Findings(pd.DataFrame(rows, index=pd.Index(names, name='method')), words, each, draw)
 

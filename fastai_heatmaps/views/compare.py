@@ -8,14 +8,16 @@ __all__ = ['heatmap_difference', 'compare_learners']
 # %% ../../nbs/41_views.compare.ipynb #cm000003
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
+from ..core.targets import class_index
 from ..core.tasks import tasks
 from ..core.method import get_method
 from ..core.passes import person_looks
 from ..data.images import to_images, as_items
-from ..data.draw import color_scale, show_overlay, wrap_title, new_panels
+from ..data.draw import color_scale, lay_map, show_overlay, styled, wrap_title, show_scales, new_panels
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, output_names, layer_watch, run_passes
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
+from ..learner.show import split_kwargs
 from fastprogress.fastprogress import progress_bar
 import gc,textwrap
 
@@ -26,11 +28,11 @@ def _grid(rows, cols, img, figsize): # a figure of panels for pictures like `img
     return new_panels(rows, cols, width+.4/cols, width*h/w+.5, figsize) # the names take .4 inches
 
 # %% ../../nbs/41_views.compare.ipynb #cm000007
-def _name_row(ax, name): # beside its first Axes
+def _name_row(ax, name, color='black'): # beside its first Axes
     high = int(ax.get_position().height * ax.figure.get_figheight() * 12) # characters of this size, about
     text = '\n'.join(textwrap.fill(l, max(high, 12)) for l in str(name).split('\n'))
     ax.annotate(text, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center',
-                multialignment='center', fontsize=10, parse_math=False)
+                multialignment='center', fontsize=10, color=color, parse_math=False)
 
 # %% ../../nbs/41_views.compare.ipynb #cm000009
 def _by_methods(learn, img, fs, cls, layer, relu, topk, input, **kwargs): # the `Heatmaps` of `img` by each of the methods `fs`
@@ -49,25 +51,54 @@ def _at_layers(learn, img, f, cls, layers, relu, topk, input, **kwargs): # the `
     return [Heatmaps.of(ran.at(h), f, idxs, relu, images) for h in ran.hooks]
 
 # %% ../../nbs/41_views.compare.ipynb #fb7e056d
-def _method_name(o):
-    if isinstance(o, str): return o
-    return getattr(getattr(o, 'func', o), '__name__', str(o)) # of a partial, that of its function
-
 def _layer_name(hm): return f'{hm.layer}\n{hm.maps.shape[2]}×{hm.maps.shape[3]}'
 
 # %% ../../nbs/41_views.compare.ipynb #cm000012
-def _draw_rows(hms, names, figsize, **looks): # of one image; returns the Axes
-    img = hms[0].image(0)
-    fig,axs = _grid(len(hms), hms[0].cls.shape[1], img, figsize)
-    for r,(hm,name,row) in enumerate(zip(hms, names, axs)):
-        hm.draw(0, img, row, **looks)
-        if r: # the classes are named above the first row
-            for j,ax in enumerate(row): wrap_title(ax, hm.notes(0, j))
-        _name_row(row[0], name)
+def _place(axs, m, k, transpose): # the Axes of the photo, and a list of `k` for each of `m` rows; the others are switched off
+    flat = list(axs.flat)
+    if axs.shape==(m+1, k): rows = [list(row) for row in axs[1:]]
+    elif k>1: rows = [list(col) for col in axs.T[1:]]
+    else: rows = [[ax] for ax in flat[1:m+1]]
+    for ax in flat[1:]:
+        if not any(ax in row for row in rows): ax.axis('off')
+    return flat[0],rows
+
+# %% ../../nbs/41_views.compare.ipynb #cm000025
+def _shape(m, k, img, transpose, figsize): # rows and columns of the figure of `m` maps of `k` classes, and the photo
+    if k>1 or figsize is None: return (k,m+1) if transpose else (m+1,k)
+    (wide,high),n = figsize,m+1
+    def width(cols): return min(wide/cols, (high/math.ceil(n/cols)-.4) * img.shape[-1]/img.shape[-2]) # titles take .4 inches
+    cols = max(range(1, n+1), key=width)
+    return math.ceil(n/cols),cols
+
+# %% ../../nbs/41_views.compare.ipynb #cm000026
+def _draw_compared(hms, names, figsize, transpose, same_scale, colorbar, looks): # of one image; returns the Axes
+    img,m,k = hms[0].image(0),len(hms),hms[0].cls.shape[1]
+    shape = _shape(m, k, img, transpose, figsize)
+    fig,axs = _grid(*shape, img, figsize)
+    photo,rows = _place(axs, m, k, transpose)
+    named = next((hm for hm in hms if hm.by_class), hms[0]) # which knows the classes
+    def about(j): # the title of a class, without the notes on the map
+        lines,color = named.title(0, j, truth=False)
+        return lines[:len(lines)-len(named.notes(0, j))],color
+    show_image(img, ctx=photo, cmap='gray')
+    truth = [] if named.targs is None else [f'truth: {named.truth(0)}']
+    above = shape==(m+1, k) # are the classes named above the columns?
+    wrap_title(photo, *((about(0)[0]+truth, about(0)[1]) if k==1 and not above else (truth,)))
+    for r,(hm,name,row) in enumerate(zip(hms, names, rows)):
+        hm.draw(0, img, row, scales=hm.scales(same_scale), **looks)
+        for j,ax in enumerate(row):
+            lines,color = about(j) if above and not r else (str(name).split('\n') if not above and not j else [], 'black')
+            wrap_title(ax, [*lines, *['whatever the class']*(named.by_class>hm.by_class), *hm.notes(0, j)], color)
+        show_scales(row, same_scale, colorbar)
+        if above: _name_row(row[0], name)
+    if not above and k>1:
+        for j,ax in enumerate(axs[:,0]): _name_row(ax, '\n'.join(about(j)[0]), about(j)[1])
     return axs
 
 # %% ../../nbs/41_views.compare.ipynb #f900fa4b
 @patch
+@delegates(lay_map, but='ax,hmap,vmin,vmax', keep=True)
 @no_trace
 def compare_heatmaps(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
@@ -75,28 +106,28 @@ def compare_heatmaps(self:Learner,
     method=None, # A method, or a list of them: one row each; None = 'gradcam' if `layer` is a list, and else four of the CAM family
     layer=None, # As in `get_heatmaps`, for the methods that look at one; or a list: one row each
     relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
-    alpha=0.6, # Opacity of the map: 0 to 1
-    cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values
-    interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
-    same_scale=False, # One colour scale for the classes of a row?
-    figsize=None, # In inches
+    transpose:bool=False, # One column for each method or layer, and a row for each class?
+    same_scale=False, # One scale for the classes of a method or layer?
+    colorbar=False, # Show the scale beside the maps?
+    figsize=None, # In inches; panels of one class fill it, in as many rows as make them largest
     topk:int=1, # How many of the most likely classes, if `cls` is None
     bs:int=None, # How many changed images are run at once, for the methods that change them; None = 64, or 16 on a CPU
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
     input:int=0, # Which of the model's inputs is explained and shown, where it takes several
-    **options # Of the methods, such as `n` for 'rise'
-): # An array of Axes, rows × columns
-    "Show one image explained by several methods, or at several layers: a row each, a column for each class"
+    **kwargs # Options of the methods, such as `n` for 'rise'
+): # An array of Axes, rows × columns; the first shows the photo
+    "Show one image and how several methods explain it, or one at several layers: a row each, a column for each class"
     if isinstance(img, (list, L)): raise ValueError("expected one image; compare_learners takes a list of them")
     by_layer = is_listy(layer)
     if by_layer and is_listy(method): raise ValueError("method and layer are both lists: the rows can be one of them")
     rows = list(layer) if by_layer else listify(ifnone(method, ['gradcam', 'gradcam++', 'hirescam', 'layercam']))
     if not rows: raise ValueError("the list of rows is empty: name at least one method or layer")
+    looks,options = split_kwargs(kwargs, styled)
     ask = dict(relu=relu, topk=topk, bs=bs, score=score, input=input)
     if by_layer: hms = _at_layers(self, img, get_method(ifnone(method, 'gradcam'), **options), cls, rows, **ask)
     else: hms = _by_methods(self, img, [get_method(m, **options) for m in rows], cls, layer, **ask)
-    names = [_layer_name(hm) for hm in hms] if by_layer else [_method_name(m) for m in rows]
-    return _draw_rows(hms, names, figsize, alpha=alpha, cmap=cmap, interpolation=interpolation, same_scale=same_scale)
+    names = [_layer_name(hm) if by_layer else hm.method for hm in hms]
+    return _draw_compared(hms, names, figsize, transpose, same_scale, colorbar, looks)
 
 # %% ../../nbs/41_views.compare.ipynb #cm000014
 def _check_same(before, after): # may these heatmaps be subtracted?
@@ -136,21 +167,30 @@ def _load(name, o): # the Learner `o`, or the one that the function `o` returns
         got = f'{type(o).__name__} that returned a {type(learn).__name__}'
     raise ValueError(f"{name!r} is a {got}; expected a Learner, or a function without arguments that returns one")
 
+# %% ../../nbs/41_views.compare.ipynb #cm000027
+def _same_classes(learn, hm): # the classes that `hm` explains, as indices of `learn`: they are found by name
+    vocab = output_names(learn)
+    if vocab is None or hm.vocab is None: return hm.cls
+    return hm.cls.clone().apply_(lambda c: class_index(hm.vocab[c], len(vocab), list(vocab)))
+
 # %% ../../nbs/41_views.compare.ipynb #cm000017
-def _explained(name, o, items, *args, **kwargs): # its `Heatmaps` without the DataLoader, which might know the model; the images
+def _explained(name, o, items, cls, *args, **kwargs): # its `Heatmaps` without the DataLoader, which might know the model; the images
     learn = _load(name, o)
-    try: hm = learn.get_heatmaps(items, *args, **kwargs)
+    try:
+        if isinstance(cls, Heatmaps): cls = _same_classes(learn, cls)
+        hm = learn.get_heatmaps(items, cls, *args, **kwargs)
     except ValueError as e: raise ValueError(f'{name!r}: {e}') from e
-    return hm.replace(images=None),[hm.image(i) for i in range_of(hm)]
+    return hm.replace(images=None, learn=None),[hm.image(i) for i in range_of(hm)]
 
 # %% ../../nbs/41_views.compare.ipynb #cm000018
-def _explain_each(learners, items, *args, **kwargs): # the same of all models, one after the other
-    pairs,res = list(learners.items()),[]
+def _explain_each(learners, items, cls, *args, follow=False, **kwargs): # the same of all models, one after the other
+    pairs,res = list(learners.items()),{} # with `follow`, the last one comes first, and the others explain what it predicts
     lazy = any(not isinstance(o, Learner) for _,o in pairs)
+    if follow: pairs.reverse()
     for name,o in progress_bar(pairs, leave=False) if lazy and len(pairs)>1 and person_looks() else pairs:
-        res.append(_explained(name, o, items, *args, **kwargs))
+        res[name] = _explained(name, o, items, res[pairs[0][0]][0] if follow and res else cls, *args, **kwargs)
         if not isinstance(o, Learner): gc.collect() # a Learner and its callbacks know each other, so they wait to be collected
-    return zip(*res)
+    return zip(*[res[name] for name in learners])
 
 # %% ../../nbs/41_views.compare.ipynb #b11614b5
 def _title(hm, i, j, truth): # lines and a colour
@@ -170,15 +210,16 @@ def _check_same_part(imgs): # are the images of two models of the same proportio
                              "give both the same transforms, but for the size")
 
 # %% ../../nbs/41_views.compare.ipynb #cm000022
-def _draw_difference(hms, imgs, axs, alpha, interpolation): # of two models, on Axes (n, k)
+def _draw_difference(hms, imgs, axs, colorbar, looks): # of two models, on Axes (n, k)
     diff,(before,after) = heatmap_difference(*hms),hms
     scale = color_scale(diff.maps, True)
     for i,row in enumerate(axs):
         for j,ax in enumerate(row):
-            show_overlay(imgs[i], diff.maps[i][j], ax, alpha, interpolation=interpolation, **scale)
+            show_overlay(imgs[i], diff.maps[i][j], ax, **scale, **{**looks, 'cmap':None})
             a,b = before.cls[i,j],after.cls[i,j]
             change = f'{before.preds[i,a]:.2f}\xa0→\xa0{after.preds[i,b]:.2f}' # in one line
             wrap_title(ax, [f'{after.name(b)} {change}'])
+    show_scales(axs.flat, True, colorbar)
 
 # %% ../../nbs/41_views.compare.ipynb #cm000023
 def _check_learners(learners, difference):
@@ -188,36 +229,37 @@ def _check_learners(learners, difference):
     if difference and len(learners)!=2: raise ValueError(f"there are {len(learners)} learners; a difference needs two")
 
 # %% ../../nbs/41_views.compare.ipynb #c106955a
-@delegates(Learner.get_heatmaps, but='items,cls,method,layer,relu,ds_idx,dl', keep=True)
+@delegates(lay_map, but='ax,hmap,vmin,vmax', keep=True)
 @no_trace
 def compare_learners(
     learners:dict, # Name -> a Learner, or a function without arguments that returns one, such as `partial(load_learner, 'export.pkl')`
     items, # An image or a list of them, as for `get_heatmaps`: one column each
-    cls=None, # None = what each model predicts; a class; a list of classes: a column for each; 'targ' = each image's own label
+    cls=None, # None = what each model predicts, with `difference` the second one; a class; a list: a column for each; 'targ' = the label
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`; None = the body of each, or its last layer with a map
     relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     difference:bool=False, # Add a third row to two models of the same classes, second minus first: red is more in the second, blue in the first
-    alpha=0.6, # Opacity of the map: 0 to 1
-    cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values; not of the difference
-    interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
-    same_scale=False, # One colour scale for the maps of a row?
+    same_scale=False, # One scale for the maps of a row?
+    colorbar=False, # Show the scale beside the maps?
     figsize=None, # In inches
-    **kwargs # For `get_heatmaps` and the method
+    **kwargs # For `get_heatmaps` and the method; `cmap` is not of the difference
 ): # An array of Axes, rows × columns
     "Show what several models see in the same images: a row each, titled with that model's own prediction"
     _check_learners(learners, difference)
-    items = as_items(items)
-    hms,imgs = _explain_each(learners, items, cls, method, layer, relu, **kwargs)
+    looks,options = split_kwargs(kwargs, styled)
+    items,follow = as_items(items),difference and cls is None
+    hms,imgs = _explain_each(learners, items, cls, method, layer, relu, follow=follow, **options)
     if difference: _check_same_part(imgs)
     n,k = len(items),hms[0].cls.shape[1]
     fig,axs = _grid(len(hms)+difference, n*k, imgs[0][0], figsize)
     for r,(name,hm) in enumerate(zip(learners, hms)):
         for i,panels in enumerate(axs[r].reshape(n, k)):
-            hm.draw(i, imgs[r][i], panels, alpha, cmap, interpolation, same_scale=same_scale)
+            hm.draw(i, imgs[r][i], panels, scales=hm.scales(same_scale), **looks)
             for j,ax in enumerate(panels): wrap_title(ax, *_title(hm, i, j, truth=r==0))
+        show_scales(axs[r], same_scale, colorbar)
         _name_row(axs[r,0], name)
     if difference:
-        _draw_difference(hms, imgs[1], axs[2].reshape(n, k), alpha, interpolation)
-        _name_row(axs[2,0], ' − '.join(list(learners)[::-1]))
+        first,second = learners
+        _draw_difference(hms, imgs[1], axs[2].reshape(n, k), colorbar, looks)
+        _name_row(axs[2,0], f'{second} − {first}' + (f', for what {second} predicts' if follow else ''))
     return axs

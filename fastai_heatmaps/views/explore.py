@@ -104,7 +104,7 @@ def _png(hm, img, alpha): # the first map over `img`, as a picture
     h,w = img.shape[-2:]
     width = min(7, 4.5*w/h) # inches
     fig,buf = matplotlib.figure.Figure(figsize=(width, width*h/w+.7), layout='compressed'),io.BytesIO()
-    hm.draw(0, img, [fig.subplots()], alpha)
+    hm.draw(0, img, [fig.subplots()], alpha=alpha)
     fig.savefig(buf, format='png', dpi=100)
     return buf.getvalue()
 
@@ -182,7 +182,7 @@ def explore_heatmaps(self:Learner,
     cls=None, # The class to begin with: a name or an index; None = the predicted one; 'targ' = the image's own label
     method='gradcam', # The method to begin with: a name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # The layer to begin with: a module, or its name; None = the body, or the last layer with a map
-    alpha=0.6, # The opacity of the map to begin with: 0 to 1
+    alpha=0.7, # The opacity of the map to begin with, at the ends of its scale: 0 to 1
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
     input:int=0 # Which of the model's inputs is explained and shown, where it takes several
 ): # A widget

@@ -11,9 +11,10 @@ from ..core.no_trace import no_trace
 from ..core.targets import class_index
 from ..core.tasks import tasks, own_loss, activation
 from ..data.images import to_images, own_test_dl
-from ..data.draw import lay_map, wrap_title
+from ..data.draw import lay_map, styled, wrap_title, show_scales
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, run_passes
+from ..learner.show import split_kwargs
 import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
 from contextlib import nullcontext
 
@@ -86,41 +87,59 @@ def _fastai_picture(interp, k, largest, n, **looks): # the figure that fastai dr
     return fig,axs[::len(axs)//n] # of a mask there are three: input, target, prediction
 
 # %% ../../nbs/40_views.interpret.ipynb #3bf5bdf8
-def _panels(ax, k): # `k` panels in the place of `ax`, each with the picture of `ax`
-    if k==1: return [ax]
-    im = ax.images[0]
-    first,*rest = list(ax.get_subplotspec().subgridspec(1, k, wspace=.05))
-    ax.set_subplotspec(first)
-    axs = [ax.figure.add_subplot(o) for o in rest]
-    for o in axs:
-        o.imshow(im.get_array(), cmap=im.get_cmap(), norm=im.norm, extent=im.get_extent())
-        o.axis('off')
-    return [ax, *axs]
+def _panels(fig, photos, k): # `k` panels beside each other for each of `photos`, all with its picture
+    if k==1: return [[ax] for ax in photos]
+    rows,cols = fig.axes[0].get_gridspec().get_geometry()
+    grid = fig.add_gridspec(rows, cols*k)
+    for ax in fig.axes:
+        place = ax.get_subplotspec()
+        first = place.colspan.start*k
+        ax.set_subplotspec(grid[place.rowspan.start, first if ax in photos else slice(first, first+k)])
+    def copies(ax):
+        im,place = ax.images[0],ax.get_subplotspec()
+        axs = [fig.add_subplot(grid[place.rowspan.start, place.colspan.start+j]) for j in range(1, k)]
+        for o in axs:
+            o.imshow(im.get_array(), cmap=im.get_cmap(), norm=im.norm, extent=im.get_extent())
+            o.axis('off')
+        return [ax, *axs]
+    return [copies(ax) for ax in photos]
+
+# %% ../../nbs/40_views.interpret.ipynb #in000009
+def _make_room(fig, grow): # for titles of several lines; with `grow` the figure becomes higher, and pictures stay as large as they are
+    fig.set_layout_engine('compressed')
+    rows = groupby([ax for ax in fig.axes if ax.images], lambda ax: ax.get_subplotspec().rowspan.start)
+    lines = [max(1 + ax.get_title().count('\n') for ax in row) for row in rows.values()]
+    if grow: fig.set_figheight(fig.get_figheight() + .17*sum(max(0, n-2) for n in lines)) # inches a line
 
 # %% ../../nbs/40_views.interpret.ipynb #7a359e5d
-@delegates(Interpretation.top_losses_heatmaps, but='k,largest,cls', keep=True)
+@delegates(lay_map, but='ax,hmap,vmin,vmax', keep=True)
 def _plot_with_heatmaps(interp, k, largest=True,
     cls='pred', # 'pred' = the predicted class, or the most likely of several; 'targ' = the true one; 'both', side by side; or as in `get_heatmaps`
-    alpha=0.6, # Opacity of the map: 0 to 1
-    cmap=None, # A matplotlib colormap; None = magma, or RdBu_r centred on zero where maps have negative values
-    interpolation='bilinear', # As in matplotlib's `imshow`: 'nearest' shows the cells
-    same_scale=False, # One colour scale for all the maps?
+    method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
+    layer=None, # As in `get_heatmaps`
+    relu:bool=None, # Keep evidence for the class only? None = yes for classes, no for numbers
+    same_scale=False, # One scale for all the maps?
+    colorbar=False, # Show the scale beside the maps?
     nrows=None, # As in fastai
     ncols=None, # As in fastai; of photos
     figsize=None, # In inches
     **kwargs # For `get_heatmaps` and the method
 ):
-    hm = interp.top_losses_heatmaps(k, largest, cls, **kwargs)
-    (n,c),scales = hm.cls.shape,hm.scales(cmap, same_scale)
+    looks,options = split_kwargs(kwargs, styled)
+    hm = interp.top_losses_heatmaps(k, largest, cls, method=method, layer=layer, relu=relu, **options)
+    (n,c),scales = hm.cls.shape,hm.scales(same_scale)
     named = tasks[hm.task].one_class and isinstance(cls, str) and cls in ('pred', 'targ', 'both') # by fastai's title
     fig,photos = _fastai_picture(interp, k, largest, n, nrows=nrows, ncols=ncols, figsize=figsize)
     if c>1 and figsize is None: fig.set_figwidth(fig.get_figwidth()*c)
-    for i,photo in enumerate(photos):
-        title = photo.get_title()
-        for j,(ax,scale) in enumerate(zip(_panels(photo, c), scales(i))):
-            lay_map(ax, hm.maps[i][j].float(), alpha, interpolation, **scale)
+    panels = _panels(fig, photos, c)
+    for i,axs in enumerate(panels):
+        title = axs[0].get_title()
+        for j,(ax,scale) in enumerate(zip(axs, scales(i))):
+            lay_map(ax, hm.maps[i][j].float(), **scale, **{'style': hm.style, **looks})
             says = [] if named and not j else hm.title(i, j, truth=False)[0][:1]
             wrap_title(ax, [*([] if j else [title]), *says, *hm.notes(i, j)])
+    show_scales(sum(panels, []), same_scale, colorbar)
+    _make_room(fig, grow=figsize is None)
 
 # %% ../../nbs/40_views.interpret.ipynb #d2520543
 @patch
