@@ -338,7 +338,7 @@ def _draw(table, pictures, own, names, maps, shares, figsize=None): # `maps` and
         for j,im in enumerate(pictures):
             ax = fig.add_subplot(grid[r,j])
             img = im/255
-            if r: show_overlay(img, maps[r-1][j], ctx=ax, style='even')
+            if r: show_overlay(img, maps[r-1][j], ctx=ax)
             else: show_image(img, ctx=ax, cmap='gray')
             frame_own(ax, own[j], img.shape[1:])
             wrap_title(ax, [f'{table.index[r-1]}: {_said(shares[r-1][j])}' if r else names[j]])

@@ -274,7 +274,7 @@ def _picture_rows(fig, gs, img, pictures): # returns the Axes
     for r,(name,maps) in enumerate(pictures.items()):
         for c,(title,m) in enumerate(maps.items()):
             ax = fig.add_subplot(gs[r,c])
-            show_overlay(img, m, ax, style='pixels' if m.shape[-1]>=img.shape[-1]/2 else 'even')
+            show_overlay(img, m, ax, style='pixels' if m.shape[-1]>=img.shape[-1]/2 else 'fade')
             if r==0: ax.set_title(title, fontsize=10, parse_math=False)
             if c==0:
                 look = dict(rotation=90, ha='right', va='center', multialignment='center', fontsize=10, parse_math=False)
