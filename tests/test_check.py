@@ -129,11 +129,9 @@ def test_a_fresh_vision_learner(pics):
 
 @pytest.mark.slow
 def test_real_photos():
-    "Grad-CAM passes; LayerCAM hardly changes with a random head, and guided backpropagation not at all"
-    f = logo_learner(0, 24).check_heatmaps(method=['gradcam', 'layercam', 'guided_backprop'])
-    assert list(f.verdict)==['can be trusted', 'cannot be trusted', 'cannot be trusted']
-    said = f.words.split('\n\n')
-    for o in said[1:3]: assert 'it changes too little when the weights do' in o
+    "Guided backpropagation does not change at all with a random head (the notebook checks Grad-CAM and LayerCAM)"
+    f = logo_learner(0, 24).check_heatmaps(method='guided_backprop')
+    assert list(f.verdict)==['cannot be trusted'] and 'it changes too little when the weights do' in f.words
     assert f.loc['guided_backprop','sanity']>.9
 
 

@@ -49,7 +49,7 @@ def hm(pics):
     learn = pic_learner(pics)
     preds = tensor([[.7,.2,.1],[.1,.6,.3],[.1,.3,.6],[.8,.1,.1],[.2,.7,.1],[.5,.3,.2]])
     gen = torch.Generator().manual_seed(0)
-    return learn.get_heatmaps().replace(preds=preds, cls=preds.argsort(1, descending=True), targs=tensor([0,2,2,0,1,1]), vocab=names, maps=torch.rand(6,3,8,8, generator=gen), learn=learn)
+    return learn.get_heatmaps().replace(preds=preds, cls=preds.argsort(1, descending=True), targs=tensor([0,2,2,0,1,1]), vocab=names, maps=torch.rand(6,3,8,8, generator=gen), asked=None)
 
 
 @pytest.fixture(scope='module')
