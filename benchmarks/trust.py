@@ -1,10 +1,14 @@
-"""Which method finds the truth, and which can be trusted on photos: `python benchmarks/trust.py [--n 32] [--only gradcam,layercam] [--photos FOLDER]`
+"""Which method finds the truth, and which can be trusted on photos?
 
-First, pictures and models of which it is known what the answer rests on (trust/truth): the energy in the patch that the model uses, and in the one that it does not, each ± a standard error;
-whether the brightest cell is in the used patch; and the time of a picture, by `get_heatmaps`. Needs no weights and no photos.
+`python benchmarks/trust.py [--n 32] [--only gradcam,layercam] [--photos FOLDER]`
 
-With `--photos` also the demo Learner on photos, FOLDER/CLASS/*.jpg: Focus, sanity, deletion and insertion. If all folders have names of ImageNet classes, these are the labels; else what the
-model says counts as right. The slow methods are asked with fewer masks and copies than usual, as the first column says."""
+First, pictures and models of which it is known what the answer rests on (trust/truth): the energy in the patch that the model
+uses, and in the one that it does not, each ± a standard error; whether the brightest cell is in the used patch; and the time of
+a picture, by `get_heatmaps`. Needs no weights and no photos.
+
+With `--photos` also the demo Learner on photos, FOLDER/CLASS/*.jpg: Focus, sanity, deletion and insertion. If all folders have
+names of ImageNet classes, these are the labels; else what the model says counts as right. The slow methods are asked with fewer
+masks and copies than usual, as the first column says."""
 import time, warnings
 from fastcore.script import call_parse
 
@@ -28,8 +32,9 @@ def on_truth(kind, methods, n, seed):
     "Print the table of the methods on a model whose truth is known"
     from fastai_heatmaps.trust.truth import truth_learner, swap_effect, score_methods
     learn = truth_learner(kind, n, seed)
-    changes = ', '.join(f'{which} {answers:.0%} (probability by at most {prob:.3f})' for which in ('used','unused') for answers,prob in [swap_effect(learn, which)])
-    print(f"\nThe model '{kind}'. Answers that change with the colour of a patch: {changes}\n")
+    print(f"\nThe model '{kind}'. Answers that change with the colour of a patch:")
+    for which in ('used','unused'): print('{} {:.0%} (probability by at most {:.3f})'.format(which, *swap_effect(learn, which)))
+    print()
     print(f"{'method':34} {'used':>12} {'unused':>13} pointing {'ms':>7}  marks")
     refused = []
     for name,f in methods.items():
@@ -40,8 +45,9 @@ def on_truth(kind, methods, n, seed):
         start = time.perf_counter()
         learn.get_heatmaps(method=f)
         ms = 1000*(time.perf_counter()-start)/n
-        print(f"{name:34} {said(row['used'], row['used error'])} {said(row['unused'], row['unused error'])} {row['pointing']:8.2f} {ms:7.1f}  {row['marks']}", flush=True)
-    print(f"{'an even map':34} {1/16:5.2f} {1/16:13.2f} {1/16:15.2f}", *refused, sep='\n')
+        energy = ' '.join(said(row[k], row[f'{k}_error']) for k in ('used','unused'))
+        print(f"{name:34} {energy} {row['pointing']:8.2f} {ms:7.1f}  {row['marks']}", flush=True)
+    print(f"{'a uniform map':34} {1/16:5.2f} {1/16:13.2f} {1/16:15.2f}", *refused, sep='\n')
 
 
 def labelled(folder, vocab):
@@ -81,14 +87,17 @@ def on_photos(folder, methods, n, seed):
     done('Focus')
     sanity = measure_sanity(run, images(some), fs, stages=2, seed=seed)
     done('sanity')
-    faithful = [values for values,_ in measure_faithfulness(run, explain_by(run, images(some), fs), ['deletion','insertion'], seed=seed)]
+    hms = explain_by(run, images(some), fs)
+    faithful = [values for values,_ in measure_faithfulness(run, hms, ['deletion','insertion'], seed=seed)]
     done('faithfulness')
-    print(f"\nThe demo Learner on {len(some)} of {len(items)} photos, and {len(mosaics)} mosaics. Focus: higher is better. Sanity: rank correlation with the maps of a model whose head, or all of it, is random; "
-          "lower is better. Deletion: lower is better; insertion: higher\n")
+    print(f"\nThe demo Learner on {len(some)} of {len(items)} photos, and {len(mosaics)} mosaics. Focus: higher is better.\n"
+          "Sanity: rank correlation with the maps of a model whose head, or all of it, is random; lower is better.\n"
+          "Deletion: lower is better; insertion: higher\n")
     print(f"{'method':34} {'Focus':>12} {'head random':>13} {'all random':>13} {'deletion':>13} {'insertion':>13}")
     def row(name, *values): print(f"{name:34} {' '.join(said(*o) for o in values)}")
     for name,shares,stages,values in zip(asked, focus, sanity, faithful):
-        row(name, mosaic_mean(shares, mosaics.photos), *[mean_error(stages[s]) for s in ('head','all')], *[mean_error(values[m]['map']) for m in ('deletion','insertion')])
+        measured = [stages[s] for s in ('head','all')] + [values[m]['map'] for m in ('deletion','insertion')]
+        row(name, mosaic_mean(shares, mosaics.photos), *map(mean_error, measured))
     for who in ('random','centre'):
         print(f"{f'a {who} map':34} {'':41} {' '.join(said(*mean_error(faithful[0][m][who])) for m in ('deletion','insertion'))}")
     print(*[f'{name} cannot be asked: {why}' for name,why in refused.items()], sep='\n')

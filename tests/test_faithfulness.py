@@ -20,7 +20,7 @@ from fastai_heatmaps.data.images import to_images
 from fastai_heatmaps.learner.core import explain_by
 from fastai_heatmaps.learner.run import shadow
 from fastai_heatmaps.trust.faithfulness import *
-from fastai_heatmaps.trust.findings import random_maps, centre_maps, mean_error
+from fastai_heatmaps.trust.findings import random_maps, centre_maps, mean_error, short
 
 side = 16
 seen = torch.zeros(side, side) # the pixels that the net below looks at: a quarter of them
@@ -59,7 +59,7 @@ def test_by_hand(grey, name, m, want):
     found = mapped(grey, m).faithfulness(steps=4, fill=0)
     for k,v in want.items(): torch.testing.assert_close(found.each[k], torch.full((5,1), v), atol=1e-5, rtol=0)
     torch.testing.assert_close(found['value'].to_dict(), want, atol=1e-5, rtol=0)
-    assert (found['error'].abs()<1e-5).all() and list(found['better'])==['lower', 'higher', 'lower', 'higher', 'higher']
+    assert (found['value_error'].abs()<1e-5).all() and list(found['better'])==['lower', 'higher', 'lower', 'higher', 'higher']
 
 
 def test_half_shown_by_hand(grey):
@@ -470,7 +470,7 @@ def test_what_is_drawn(fine):
     np.testing.assert_allclose(line.get_xdata(), np.arange(5)/4)
     assert list(axs[2].lines[0].get_xdata())==[0, .25, .5, .75]
     p = found.each['deletion curve'][1,1]
-    assert titles[4:9]==[f'{i*25}%: {o:.2f}' for i,o in enumerate(p)]
+    assert titles[4:9]==[f'{i*25}%: {short(o.item())}' for i,o in enumerate(p)]
     shown = axs[5].images[0].get_array() # a quarter of the pixels is black
     first = (pixel_ranks([fine.maps[1,1]], [fine.maps[1,1]], shown.shape[:2])[0]<shown.shape[0]*shown.shape[1]/4).numpy()
     assert (shown[first]==0).all()

@@ -101,3 +101,35 @@ def test_heatmaps_keep_no_learner_alive(pics):
     gc.collect()
     assert hm.learn is None
     with pytest.raises(ValueError, match='not known or gone: pass it'): hm.faithfulness()
+
+
+def test_numbers_as_text():
+    says = {.934:'.93', -.071:'-.07', 1.:'1.00', .999:'1.00', 0.:'.00', np.nan:'?', -1.:'-1.00', 20.5:'20.50'}
+    assert [short(x) for x in says]==list(says.values())
+    assert with_error(.934, .021)=='.93 ± .02' and with_error(.934, np.nan)=='.93'
+
+
+def test_lists_in_words():
+    assert [listed(list(o)) for o in ('a', 'ab', 'abc')]==['a', 'a and b', 'a, b and c'] and listed('abc', ', and ')=='a, b, and c'
+    assert by_method(dict(gradcam='.9', cam='.8'))=='.9 by gradcam and .8 by cam'
+    assert [n_photos(1), n_photos(2, 2), n_photos(2, 3)]==['1 photo', '2 photos', '2 photos, all that there are']
+
+
+def test_methods_by_name():
+    "The second of the same name gets a number, and an option goes to all"
+    names = named_methods(['gradcam', 'cam', 'gradcam'])
+    assert [*names]==['gradcam', 'cam', 'gradcam 2'] and names['gradcam 2'].name=='gradcam'
+    with pytest.raises(ValueError, match='empty'): named_methods([])
+
+
+def test_maps_of_others():
+    "Each once, and none its own; of one image there is no other"
+    maps = torch.arange(5.).view(5, 1, 1, 1)
+    got = torch.cat(of_others(maps)).flatten().tolist()
+    assert sorted(got)==[0, 1, 2, 3, 4] and all(a!=b for a,b in enumerate(got))
+    assert not of_others(maps[4:])[0].any()
+
+
+def test_what_stands_after_plus_minus_is_said_once():
+    f = Findings(pd.DataFrame(), '.93 ± .02 by cam.', {}, noop)
+    assert f.words=='.93 ± .02 by cam. ± gives the standard error.' and Findings(pd.DataFrame(), '.93.', {}, noop).words=='.93.'

@@ -161,7 +161,7 @@ def test_an_inverted_map_gets_nothing():
 def test_a_net_that_is_right_for_a_reason_elsewhere():
     "Each class is known by the absence of the two others: positive evidence lies nowhere, and that against it is not counted"
     f = color_learner(model=ColorNet(sign=-1)).heatmap_focus('red_1 red_2 blue_1 blue_2'.split() and [plain(c) for c in ('red','red','blue','blue','green','green')], n=6)
-    assert f.each['gradcam'].isnan().all() and np.isnan(f.loc['gradcam','focus']) and f.loc['gradcam','mosaics']==0
+    assert f.each['gradcam focus'].isnan().all() and np.isnan(f.loc['gradcam','focus']) and f.loc['gradcam','mosaics']==0
     assert '6 of the 6 maps by gradcam hold no evidence for the class, and do not count' in f.words
 
 
@@ -338,9 +338,10 @@ def test_the_answer():
     assert list(f.index)==['gradcam', 'activations', 'uniform'] and f.loc['gradcam','focus']==1 and f.loc['uniform','focus']==.5
     assert abs(f.loc['gradcam','above_activations']-.5)<1e-6 and f.loc['activations','above_activations']==0
     f = color_learner().heatmap_focus(n=12)
-    assert f.words.startswith('1.00 ± .00 of the evidence for a class falls on its own photos by gradcam (uniform: .50; activations, which know no class: .50 ± .00).')
+    assert f.words.startswith('The share of the evidence for a class that falls on its own photos is 1.00 ± .00 by gradcam '
+                              '(uniform: .50; activations, which know no class: .50 ± .00).')
     assert 'cannot be told' not in f.words and 'Measured on 12 mosaics of 8 photos' in f.words and 'In 100% of the mosaics' in f.words
-    assert f.each['gradcam'].shape==(12,) and f.each['photos'].shape==(12,4)
+    assert f.each['gradcam focus'].shape==(12,) and f.each['photos'].shape==(12,4)
     g = pickle.loads(pickle.dumps(f))
     assert g.words==f.words and len(g.plot())==1+2*3
 
@@ -365,7 +366,7 @@ def test_what_cannot_be_told_apart_is_not_ranked():
     a,b,c,d,e = [noisy_class(p, i) for i,p in enumerate([.9, .9, .7, .5, .2])]
     for f,n in zip((a,b,c,d,e), 'abcde'): f.__name__ = n
     f = color_learner(names).heatmap_focus(method=[a,b,c,d,e], n=30)
-    for k,p in zip('abcde', [.9,.9,.7,.5,.2]): assert abs(f.loc[k,'focus']-p)<4*f.loc[k,'error']<.1
+    for k,p in zip('abcde', [.9,.9,.7,.5,.2]): assert abs(f.loc[k,'focus']-p)<4*f.loc[k,'focus_error']<.1
     assert 'By e it falls on the photos of the other class more than on its own' in f.words
     assert 'The share by d cannot be told from that of maps which know no class' in f.words
     top = max('ab', key=lambda k: f.loc[k,'focus'])

@@ -4,6 +4,7 @@ Quantus 0.6.0 gives the same on the maps of `test_random_maps_by_formula`: its R
 for the positive part, since it divides signed maps by their sum, which may be near 0: its shares then reach 15. It refuses flat maps, and has no IoU. It is not a dependency of the tests."""
 import pickle
 from conftest import *
+from fastai_heatmaps.trust.findings import short
 from fastai_heatmaps.trust.inside import box_mask, mask_in, cells_of, frame_of
 
 metrics = ['energy', 'pointing', 'best IoU', 'IoU']
@@ -54,7 +55,7 @@ def test_random_maps_by_formula(seen):
     energy = (pos*masks).sum((1,2))/pos.sum((1,2))
     hit = np.array([m.flat[p.argmax()] for p,m in zip(pos, masks)])
     check(found, energy=energy.mean(), pointing=hit.mean(), **{'best IoU':max(iou(t/100).mean() for t in range(1, 101)), 'IoU':iou(.37).mean()})
-    assert np.allclose(found.each['energy'][:,0], energy, atol=1e-5) and np.allclose(found.loc['energy','error'], energy.std(ddof=1)/6**.5, atol=1e-6)
+    assert np.allclose(found.each['energy'][:,0], energy, atol=1e-5) and np.allclose(found.loc['energy','value_error'], energy.std(ddof=1)/6**.5, atol=1e-6)
     assert np.allclose(found['uniform'], masks.mean(), atol=1e-6)
 
 
@@ -217,7 +218,7 @@ def test_a_row_for_each_class(seen):
     for j,name in enumerate(hm.vocab):
         alone = given(seen, maps[:,[j]]).inside([mask()]*6)
         pd.testing.assert_frame_equal(found.table.xs(name), alone.table)
-        assert f'{name}: On 6 images, {alone.loc["energy","value"]:.2f} of the evidence lies inside' in found.words
+        assert f'{name}: On 6 images, {short(alone.loc["energy","value"])} of the evidence lies inside' in found.words
     assert set(hm.replace(cls=tensor([[0,1]]*5+[[1,0]])).inside([mask()]*6).index.get_level_values(0))=={'class 1','class 2'}
 
 
@@ -230,12 +231,12 @@ def test_maps_of_several_sizes(seen):
 def test_findings_say_draw_and_pickle(seen):
     maps = mask().float().expand(6, 1, 64, 64)
     found = given(seen, maps).inside(boxes(), on='input')
-    assert found.words.startswith('On 6 images, 1.00 of the evidence lies inside, against 0.25 for an even map (clearly more)')
-    assert list(found.index)==metrics and list(found.columns)==['value','error','uniform','centre']
+    assert found.words.startswith('On 6 images, 1.00 of the evidence lies inside, against .25 for a uniform map (clearly more)')
+    assert list(found.index)==metrics and list(found.columns)==['value','value_error','uniform','centre']
     again = pickle.loads(pickle.dumps(found))
     for o in found,again:
         axs = o.plot(n=3)
-        assert len(axs.flat)==3 and all('inside 1.00, even 0.25' in ax.get_title() for ax in axs.flat)
+        assert len(axs.flat)==3 and all('inside 1.00, uniform .25' in ax.get_title() for ax in axs.flat)
     ax = axs.flat[0]
     lines = np.concatenate([p.vertices for p in ax.collections[-1].get_paths()])
     assert np.allclose([*lines.min(0), *lines.max(0)], [7.5, 15.5, 39.5, 47.5], atol=.51) # the outline lies on the box's edges

@@ -132,7 +132,7 @@ def test_every_method_is_scored(learns, kind):
         elif m in cancels_late and kind=='cancelled': assert row['marks']=='used and unused' and row['unused']>.25
         elif m=='eigengradcam' and kind=='cancelled': assert row['used']+row['unused']>.6 # its two first patterns are equally strong, so chance chooses the patch
         else: assert row['marks']=='used' and row['used']>6/16 and row['unused']<.05, m
-    assert all(found.each[f'{m}, used'].shape==(8,) for m in found.index)
+    assert all(found.each[f'{m} used'].shape==(8,) for m in found.index)
 
 
 def test_a_new_method_joins(learns):
@@ -156,7 +156,7 @@ def test_energy_by_hand(learns):
     def share(at): return np.clip(np.minimum(at+patch_side, np.arange(8, 97, 8))-np.maximum(at, np.arange(0, 96, 8)), 0, 8)/8
     covered = [share(o['used_at'][1])[:,None]*share(o['used_at'][0]) for o in learn.dls.valid.items]
     want = [(c**2).sum()/c.sum() for c in covered]
-    assert np.allclose(found.each['gradcam, used'], want, atol=1e-5) and np.allclose(found.loc['gradcam','used'], np.mean(want), atol=1e-5)
+    assert np.allclose(found.each['gradcam used'], want, atol=1e-5) and np.allclose(found.loc['gradcam','used'], np.mean(want), atol=1e-5)
     assert np.allclose(found.each['area'], 1/16)
 
 

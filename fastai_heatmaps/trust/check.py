@@ -13,15 +13,15 @@ from ..core.layers import tensors_in, find_layers
 from ..core.tasks import tasks
 from ..core.method import get_method, heatmap_methods
 from ..core.passes import check_bs
-from ..data.images import to_images
 from ..data.draw import color_scale, show_overlay, wrap_title
-from ..learner.run import shadow, shows_bars, output_names
+from ..learner.run import shadow, shows_bars
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
-from .findings import rank_correlation, mean_error, Findings
+from .findings import rank_correlation, mean_error, Findings, named_methods, choose_images, some_rows
+from .findings import short, with_error, listed, n_photos
 from .sanity import each_stage
 from .focus import measure_focus, mosaic_mean, mosaic_pictures, frame_own
 from .faithfulness import measure_faithfulness
-from .stability import measure_stability, method_names, some_rows, short
+from .stability import measure_stability
 from fastprogress.fastprogress import progress_bar
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Measured(NamedTuple):
         clear = self.n>=few and abs(self.mean-line)>2*self.error
         return self.mean>line if clear else None
 
-    def __str__(self): return short(self.mean) + ('' if np.isnan(self.error) else f' ± {short(self.error)}')
+    def __str__(self): return with_error(self.mean, self.error)
 
 # %% ../../nbs/57_trust.check.ipynb #ck000009
 def measured(
@@ -61,7 +61,7 @@ def rule(
     return f
 
 def _all(*answers): return False if False in answers else None if None in answers else True
-def _list(texts): return ', and '.join(filter(None, [', '.join(texts[:-1]), texts[-1]]))
+def _clauses(texts): return listed(texts, ', and ')
 
 # %% ../../nbs/57_trust.check.ipynb #ck000013
 @rule
@@ -137,7 +137,7 @@ def _faithfulness(
     def answers(over, answer): return [o for o in tried if getattr(o[3], over).above() is answer]
     def said(which, how, than, other):
         def against(o): return f'{short(o.own.mean)} against {short(getattr(o, other).mean)}'
-        return ' and '.join(f'{act} what it marks {does} {how} than {act} {than} ({name} {against(o)})' for name,act,does,o in which)
+        return listed([f'{act} what it marks {does} {how} than {act} {than} ({name} {against(o)})' for name,act,does,o in which])
     worse,off,better = answers('over_random', False),answers('over_centre', False),answers('over_random', True)
     if worse: return False,said(worse, 'more slowly', 'at random', 'random')
     if off: return None,said(off, 'more slowly', 'the middle of the picture', 'centre')
@@ -219,9 +219,11 @@ def _ask_sanity(run, images, methods, layer, cls, seed, bs, draws=2): # for each
     return [dict(head=o[head], all=o['all']) for o in means],([torch.stack(o[head]).nanmean(0) for o in ranks],after)
 
 # %% ../../nbs/57_trust.check.ipynb #ck000027
+def _of_mosaics(v, photos): return Measured(*mosaic_mean(v, photos), int(v.isfinite().sum())) # the mean of values (m,)
+
 def _ask_focus(run, images, methods, layer, n, seed, bs): # the same; and `Mosaics`, which have maps of the first, and the values
-    mosaics,shares = measure_focus(run, images, [*methods, get_method('activations')], layer, n, seed, bs=bs, keep=1)
-    def mean(v): return Measured(*mosaic_mean(v, mosaics.photos), int(v.isfinite().sum()))
+    mosaics,shares = measure_focus(run, images, [*methods, get_method('activations')], layer, n, seed, bs, keep=1)
+    mean = partial(_of_mosaics, photos=mosaics.photos)
     acts,known = shares.pop(),mosaics.known.float().mean().item()
     return [dict(share=mean(v), blind=mean(acts), more=mean(v-acts), known=known) for v in shares],(mosaics,shares)
 
@@ -281,12 +283,12 @@ def says_trust(
     said = {k:rules[k](**found[k]) for k in rules if k in found}
     answer = trust({k:a for k,(a,_) in said.items()})
     why = [text for k,(a,text) in said.items() if a is answer and not (answer and k in ('model', 'class'))]
-    if answer: return answer,f'{who} can be trusted here: {_list(why)}.'
-    if answer is False: return answer,f'{who} cannot be trusted here: {_list(why)}.'
+    if answer: return answer,f'{who} can be trusted here: {_clauses(why)}.'
+    if answer is False: return answer,f'{who} cannot be trusted here: {_clauses(why)}.'
     open = f'Whether {who} can be trusted cannot be told'
-    if n<few: return answer,f"{open}: {n} photo{'s decide' if n>1 else ' decides'} nothing, pass at least {few}."
+    if n<few: return answer,f"{open}: {n_photos(n)} decide{'s'*(n==1)} nothing, pass at least {few}."
     if not why: return answer,f'{open}: nothing speaks against it, but too little could be measured.'
-    return answer,f'{open}: {_list(why)}. More photos would help.'
+    return answer,f'{open}: {_clauses(why)}. More photos would help.'
 
 # %% ../../nbs/57_trust.check.ipynb #ck000034
 def says_best(
@@ -310,7 +312,7 @@ def _compare(names, answers, seen): # sentences about several methods
     res = []
     if 'focus' in seen:
         mosaics,shares = seen['focus']
-        def mean(v): return Measured(*mosaic_mean(v, mosaics.photos), int(v.isfinite().sum()))
+        mean = partial(_of_mosaics, photos=mosaics.photos)
         res.append(says_best('focus', {names[i]:shares[i] for i in may}, mean))
     if 'faithfulness' in seen:
         deletion = {names[i]:seen['faithfulness'][i][0]['deletion']['map'] for i in may}
@@ -321,7 +323,7 @@ def _compare(names, answers, seen): # sentences about several methods
 def _words(whos, names, found, seen, left_out, wanted, passes): # all that is to be said
     n = len(seen['photos'][0][0])
     answers,said = zip(*[says_trust(who, o, n) for who,o in zip(whos, found)])
-    about = [f"Measured on {n} photo{'s'*(n>1)}{', all that there are' if n<wanted else ''}, in {passes:.0f} forward passes."]
+    about = [f"Measured on {n_photos(n, wanted)}, in {passes:.0f} forward passes."]
     if 'model' in found[0]:
         acc = found[0]['model']
         about.append(f"The model gets {acc['right']} of them right (always the commonest class: {short(acc['guess'].mean)}).")
@@ -466,23 +468,21 @@ def draw_trust(
 @no_trace
 def check_heatmaps(self:Learner,
     items=None, # Photos, each as for `open_image` or as `(image, label)`; None = the validation set
-    method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; or a list of them: a row each
+    method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; or a list of them
     layer=None, # As in `get_heatmaps`, for the methods that look at one
     n:int=64, # How many of the photos, chosen at random if there are more
     seed:int=0, # Of all that is random: the same seed gives the same findings
     bs:int=None, # Batch size, also of changed photos; None = that of the DataLoaders
-    **options # Of the methods, such as `n` for 'rise'
-) -> Findings: # A row for each method, with its verdict in words
+    **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
+) -> Findings: # A row for each method, with its verdict; `each` has 'method sanity', 'method focus' and so on
     "Ask whether heatmaps can be trusted: by sanity, focus, deletion and insertion, and stability"
     check_bs(bs)
-    methods = [get_method(m, **options) for m in listify(method)]
-    if not methods: raise ValueError("the list of methods is empty: name at least one")
-    run = shadow(self)
+    named,run = named_methods(method, **options),shadow(self)
+    names,methods = list(named),list(named.values())
     if layer is not None: layer = find_layers(run.model, layer)
-    images = to_images(run.dls, items, bs=bs, vocab=output_names(self))
-    images = images.part(some_rows(images, n, seed))
+    images,_ = choose_images(run, items, n, seed=seed, bs=bs)
     with counted(run.model) as passes: found,seen,left_out = measure_trust(run, images, methods, layer, seed, bs)
-    hms,names = seen['photos'][0],method_names(methods)
+    hms = seen['photos'][0]
     whos = [f'{name} at layer {hm.layer}' if hm.layer else name for name,hm in zip(names, hms)]
     answers,words = _words(whos, names, found, seen, left_out, n, passes[0])
     stable = seen.get('stability', [None]*len(methods))

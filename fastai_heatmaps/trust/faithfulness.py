@@ -17,8 +17,8 @@ from ..data.images import ordered_dl
 from ..data.draw import show_overlay, wrap_title
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, run_passes
-from .findings import random_maps, centre_maps, mean_error, differs, Findings
-from contextlib import nullcontext
+from .findings import Findings, random_maps, centre_maps, mean_error, mean_columns, differs
+from .findings import unwatched, short, listed
 from fastprogress.fastprogress import progress_bar
 from functools import lru_cache
 from scipy import sparse
@@ -55,14 +55,14 @@ def _differences(h, w): # a sparse matrix that takes from each pixel of a pictur
     def beside(n): return sparse.diags_array([np.ones(n-1)]*2, offsets=[-1,1], shape=(n,n))
     def same(n): return sparse.eye_array(n)
     near = (sparse.kron(same(h), beside(w)) + sparse.kron(beside(h), same(w)))/6 + sparse.kron(beside(h), beside(w))/12
-    return (sparse.diags_array(near.sum(1)) - near).tocsr() # at the border of a picture there are fewer, and the sum is less than 1
+    return (sparse.diags_array(near.sum(1)) - near).tocsr() # at the border there are fewer, and the sum is less than 1
 
 # %% ../../nbs/53_trust.faithfulness.ipynb #ff000012
 def interpolated(
     x:Tensor, # Pictures (n, C, H, W)
     hidden:Tensor # (n, H, W): which pixels are hidden, not all of them
 ) -> Tensor: # Of the shape of `x`
-    "Replace hidden pixels by the weighted mean of their neighbours, as ROAD does (Rong et al. 2022, arXiv 2202.00449), without noise"
+    "Replace hidden pixels by the weighted mean of their neighbours: ROAD without its noise (Rong et al. 2022, arXiv 2202.00449)"
     res = to_np(x.double()).reshape(*x.shape[:2], -1)
     for o,gone in zip(res, to_np(hidden.flatten(1))):
         if not gone.any(): continue
@@ -134,7 +134,9 @@ def _ask(probe, x, maps, ties, nothing, empty, steps): # of a batch; metric -> p
         if once: masked = p(masked_pictures(x, of_class, nothing[once[0]]))
         for m in nothing:
             if m in once: ps = [masked]
-            else: ps = _curve(m, before[:,j], map(p, changed_pictures(m, x, ranks, shares, nothing[m])), empty[m][:,j] if m in empty else None)
+            else:
+                inner = map(p, changed_pictures(m, x, ranks, shares, nothing[m]))
+                ps = _curve(m, before[:,j], inner, empty[m][:,j] if m in empty else None)
             res[m].append(torch.stack(ps, 1))
     return {m:torch.stack(o, 1).cpu() for m,o in res.items()}
 
@@ -144,7 +146,10 @@ def metric_values(
     probs:Tensor, # (n, k, points): of the changed pictures
     before:Tensor # (n, k): of the pictures as they are
 ) -> Tensor: # (n, k)
-    "Measure the area under a curve (Petsiuk et al. 2018, arXiv 1806.07421), average drop or increase (Chattopadhyay et al. 2017, arXiv 1710.11063), average gain (Zhang et al. 2024, arXiv 2301.07002), or the mean under ROAD (Rong et al. 2022, arXiv 2202.00449)"
+    """Turn probabilities into the value of a metric
+
+    The area under a curve is by Petsiuk et al. 2018 (arXiv 1806.07421), average drop and increase by Chattopadhyay et al. 2017
+    (arXiv 1710.11063), average gain by Zhang et al. 2024 (arXiv 2301.07002), and ROAD by Rong et al. 2022 (arXiv 2202.00449)."""
     if metric in ('deletion', 'insertion'): return torch.trapezoid(probs, dim=2) / (probs.shape[2]-1)
     if metric in _curves: return probs[...,1:].mean(2)
     change = probs[...,0]-before
@@ -171,8 +176,8 @@ def _images(hm, learn, bs): # those of `hm` alone, in batches of `bs`
                                        "that they were made of, such as learn.dls.valid")
     p = hm.preds
     if not tasks[hm.task].ranked or p.min()<0 or p.max()>1:
-        raise ValueError(f"the model's answers are numbers, here from {p.min():.3g} to {p.max():.3g}, and faithfulness is measured "
-                         "by probabilities: it needs classes, and a loss function that makes probabilities of the outputs")
+        raise ValueError(f"the model's answers are numbers, here from {p.min():.3g} to {p.max():.3g}, and faithfulness is "
+                         "measured by probabilities: it needs classes, and a loss function that turns outputs into probabilities")
     res = hm.images.part(range_of(hm))
     res.dl = ordered_dl(learn.dls, dl=res.dl, bs=bs)
     return res
@@ -205,7 +210,8 @@ def measure_faithfulness(
     fill=None, # What hides pixels, as in `filled`; None = what the papers used, see `faithfulness_metrics`
     seed:int=0, # Of the random map and of ROAD's noise
     bs:int=None # Batch size; None = that of the DataLoader
-) -> list: # For each of `hms` two dicts, of values (n, k) and of probabilities (n, k, points): metric -> 'map', 'random', 'centre' -> Tensor
+) -> list: # For each of `hms` two dicts, of values (n, k) and of probabilities (n, k, points): metric -> 'map', 'random' or
+    # 'centre' -> Tensor
     "Measure several `Heatmaps` beside random and centred maps of the same sizes, which they share"
     metrics,hm = _metrics(metrics, steps),hms[0]
     images,fills,sets = _images(hm, run, bs),_fills(metrics, fill),_sets(hms, seed)
@@ -222,7 +228,7 @@ def measure_faithfulness(
         for key in progress_bar(list(sets), leave=False) if ran.bar else sets:
             maps,ties = sets[key]
             parts[key].append(_ask(probe, x, maps[rows], ties[rows], nothing, empty, steps))
-    run_passes(run, images, lambda model, *xb: nullcontext([]), batch)
+    run_passes(run, images, unwatched, batch)
     def of(key, maps): # metric -> values, and probabilities; none where a map is not finite
         bad = torch.stack([~m.isfinite().all(-1).all(-1) for m in maps])
         probs = {m:torch.cat([o[m] for o in parts[key]]) for m in metrics}
@@ -240,12 +246,10 @@ def _fill_name(fill): return fill if isinstance(fill, str) else f'{fill:g}' if i
 
 def _table(values, fills): # a row for each metric
     def row(metric, of):
-        value,error = mean_error(of['map'])
         others = {who:mean_error(of[who])[0] for who in ('random', 'centre')}
-        return dict(value=value, error=error, **others, better=faithfulness_metrics[metric][0], fill=_fill_name(fills[metric]))
-    return pd.DataFrame([row(m, of) for m,of in values.items()], index=list(values))
-
-def _and(words): return ' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
+        about = dict(better=faithfulness_metrics[metric][0], fill=_fill_name(fills[metric]))
+        return {**mean_columns({'value':of['map']}), **others, **about}
+    return pd.DataFrame([row(m, of) for m,of in values.items()], index=pd.Index(values, name='metric'))
 
 def _beside(values, who): # in words: by which metrics are the maps better than those of `who`?
     said = {'better':[], 'worse':[], 'not clearly better or worse':[]}
@@ -253,7 +257,7 @@ def _beside(values, who): # in words: by which metrics are the maps better than 
         higher = mean_error(of['map']-of[who])[0]>0
         how = 'better' if higher==(faithfulness_metrics[m][0]=='higher') else 'worse'
         said[how if differs(of['map'], of[who]) else 'not clearly better or worse'].append(m)
-    return _and([f"{how} by {_and(ms)}" for how,ms in said.items() if ms])
+    return listed([f"{how} by {listed(ms)}" for how,ms in said.items() if ms])
 
 def _words(values, hm):
     n = '1 image' if len(hm)==1 else f'{len(hm)} images'
@@ -288,7 +292,7 @@ def _strip(axs, hm, i, j, metric, of, fill, seed): # image `i` with more and mor
     pics = changed_pictures(metric, x, ranks, points/steps, _nothing(x, {metric:fill}, [i], seed)[metric])
     for ax,point,pic in zip(axs, points, pics):
         show_image(hm.images.image(i, pic[0]), ctx=ax, cmap='gray')
-        wrap_title(ax, [f'{point/steps:.0%}: {ps[point]:.2f}'])
+        wrap_title(ax, [f'{point/steps:.0%}: {short(ps[point].item())}'])
     axs[0].annotate(metric, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center')
 
 def _masked_strip(axs, hm, i, j, of, fill, seed): # image `i` as each map leaves it
@@ -297,7 +301,7 @@ def _masked_strip(axs, hm, i, j, of, fill, seed): # image `i` as each map leaves
     for ax,(who,m) in zip(axs, maps.items()):
         pic = masked_pictures(x, [m[i][j]], filled(x, fill))
         show_image(hm.images.image(i, pic[0]), ctx=ax, cmap='gray')
-        wrap_title(ax, [f'{who}: {of[who][i,j,0]:.2f}'])
+        wrap_title(ax, [f'{who}: {short(of[who][i,j,0].item())}'])
 
 # %% ../../nbs/53_trust.faithfulness.ipynb #ff000029
 @no_trace
@@ -324,16 +328,17 @@ def _draw(hm, probs, fills, seed, i=0, j=0, figsize=None): # the means of all im
 @patch
 @no_trace
 def faithfulness(self:Heatmaps,
-    learn:Learner=None, # Whose model is asked; None = the one that made these heatmaps, if it is still there; loaded ones do not know it
-    metrics=None, # Names in `faithfulness_metrics`, or one; None = all but 'road_most' and 'road_least', which take several times as long
+    learn:Learner=None, # Whose model is asked; None = the one that made these heatmaps, which loaded ones do not know
+    metrics=None, # Names in `faithfulness_metrics`, or one; None = all but ROAD, 'road_most' and 'road_least', which is slow
     steps:int=10, # In how many steps all is hidden; RISE hides a row of pixels at a time, 224 steps
-    fill=None, # What hides pixels: a number, as the model takes them; 'mean', 'blur', or a tensor; None = as in the papers, see the table
-    seed:int=0, # Of the random map, which orders ties, too, and of ROAD's noise
-    bs:int=None # How many images at once; None = as the DataLoader has it
+    fill=None, # What hides pixels: a number, as the model takes them, 'mean', 'blur', or a tensor; None = as in the papers
+    seed:int=0, # Of all that is random: the map, which orders ties, too, and ROAD's noise
+    bs:int=None # Batch size; None = that of the DataLoader
 ) -> Findings: # A row for each metric
     "Ask whether the model needs what these heatmaps mark, by hiding and showing it"
     learn = ifnone(learn, self.learn)
-    if learn is None: raise ValueError("the Learner that made these heatmaps is not known or gone: pass it, hm.faithfulness(learn)")
+    if learn is None:
+        raise ValueError("the Learner that made these heatmaps is not known or gone: pass it, hm.faithfulness(learn)")
     (values,probs), = measure_faithfulness(shadow(learn), [self], metrics, steps, fill, seed, bs)
     fills = _fills(values, fill)
     each = {m if who=='map' else f'{m} {who}':o for m,of in values.items() for who,o in of.items()}

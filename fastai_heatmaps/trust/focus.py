@@ -17,8 +17,7 @@ from ..data.images import Images, to_images
 from ..data.draw import show_overlay, wrap_title
 from ..learner.run import shadow, output_names, run_passes
 from ..learner.core import explain_each
-from .findings import Findings
-from contextlib import nullcontext
+from .findings import Findings, named_methods, some_rows, unwatched, short, with_error, listed, by_method
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000006
 class Mosaics:
@@ -166,7 +165,7 @@ def known_classes(
         if larger is None: larger = _takes_larger(ran)
         shows.append(to_cpu(found & true))
         lacks.append(to_cpu(~found & ~true))
-    run_passes(run, images, lambda *_: nullcontext([]), use, score=score)
+    run_passes(run, images, unwatched, use, score=score)
     return torch.cat(shows),torch.cat(lacks),larger
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000024
@@ -192,9 +191,7 @@ def find_mosaics(
 ) -> Mosaics: # With their `images`
     "Plan mosaics of photos that the model gets right; raises ValueError if there are none"
     if n<1: raise ValueError(f"n is {n}; expected at least 1 mosaic")
-    if len(images)>_most(n):
-        some = np.random.default_rng(seed).permutation(len(images))[:_most(n)]
-        images = images.part(sorted(some.tolist()))
+    images = images.part(some_rows(images, _most(n), seed))
     shows,lacks,larger = known_classes(run, images, score)
     mosaics = plan_mosaics(shows, lacks, n, seed)
     if not len(mosaics): raise _none_found(shows, n, output_names(run))
@@ -216,8 +213,8 @@ def measure_focus(
     layer=None, # As for `find_layers`, for the methods that look at one
     n:int=200, # How many mosaics; fewer if there are not as many
     seed:int=0, # The same mosaics each time
-    score=None, # As for `run_passes`
     bs:int=None, # As for `run_passes`
+    score=None, # As for `run_passes`
     keep:int=0 # How many mosaics to keep the maps of, at most 112 cells along a side
 ) -> tuple: # `Mosaics`; for each method the shares (m,), NaN where a map is flat
     "Measure the Focus of several methods on the same mosaics, in as few passes as possible"
@@ -239,10 +236,6 @@ def measure_focus(
     return mosaics,[torch.cat(o) for o in shares]
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000029
-def _said(x): return f'{x:.2f}'.removeprefix('0')
-
-def _listed(names): return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
-
 def _beats(a, b, photos): # is the mean of `a - b`, values of mosaics, more than two standard errors above 0?
     mean,error = mosaic_mean(a-b, photos)
     return mean>2*error
@@ -252,22 +245,22 @@ def _verdict(each, acts, photos): # sentences about the shares (m,) of methods
     better = [k for k,v in each.items() if _beats(v, acts, photos) and _beats(v, half, photos)]
     worse = [k for k,v in each.items() if _beats(half, v, photos)]
     rest = [k for k in each if k not in better+worse]
-    if worse: res.append(f"By {_listed(worse)} it falls on the photos of the other class more than on its own.")
-    if rest: res.append(f"The share by {_listed(rest)} cannot be told from that of maps which know no class: "
+    if worse: res.append(f"By {listed(worse)} it falls on the photos of the other class more than on its own.")
+    if rest: res.append(f"The share by {listed(rest)} cannot be told from that of maps which know no class: "
                         "there is no sign here of the class.")
     if len(better)>1:
         top = max(better, key=lambda k: mosaic_mean(each[k], photos)[0])
         ties = [k for k in better if k!=top and not _beats(each[top], each[k], photos)]
-        by = f", but {_listed(ties)} cannot be told from it." if ties else ", by more than two standard errors."
+        by = f", but {listed(ties)} cannot be told from it." if ties else ", by more than two standard errors."
         res.append(f"The share is highest for {top}{by}")
     return res
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000030
 def _shares(each, acts, photos): # a sentence
-    def mean(v): return ' ± '.join(_said(o) for o in mosaic_mean(v, photos) if not np.isnan(o)) or 'nothing'
-    shares,falls = [f'{mean(v)} by {k}' for k,v in each.items()],'of the evidence for a class falls on its own photos'
-    begin = f'This share {falls}: {_listed(shares)}' if len(shares)>1 else shares[0].replace(' by', f' {falls} by')
-    return f"{begin} (uniform: .50; activations, which know no class: {mean(acts)})."
+    def mean(v): return with_error(*mosaic_mean(v, photos))
+    shares = by_method({k:mean(v) for k,v in each.items()})
+    return (f"The share of the evidence for a class that falls on its own photos is {shares} "
+            f"(uniform: .50; activations, which know no class: {mean(acts)}).")
 
 def _basis(each, acts, mosaics, n): # sentences about what was measured
     m,p = len(mosaics),len(mosaics.photos.unique())
@@ -289,7 +282,7 @@ def _table(each, acts, photos):
     def row(v):
         more = v-acts
         numbers = *mosaic_mean(v, photos),*mosaic_mean(more, photos),int((~v.isnan()).sum())
-        return dict(zip(['focus', 'error', 'above_activations', 'its_error', 'mosaics'], numbers))
+        return dict(zip(['focus', 'focus_error', 'above_activations', 'above_activations_error', 'mosaics'], numbers))
     rows = {**{k:row(v) for k,v in each.items()}, 'activations':row(acts), 'uniform':row(torch.full_like(acts, .5))}
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='method'))
 
@@ -321,7 +314,8 @@ def frame_own(
 def _draw_means(ax, table):
     colors = ['C0']*(len(table)-2)+['C7', 'C7']
     for y,((name,o),color) in enumerate(zip(table.iterrows(), colors)):
-        ax.errorbar(o.focus, y, xerr=0 if np.isnan(o.error) else 2*o.error, fmt='o', color=color, capsize=3, ms=5)
+        xerr = 0 if np.isnan(o.focus_error) else 2*o.focus_error
+        ax.errorbar(o.focus, y, xerr=xerr, fmt='o', color=color, capsize=3, ms=5)
     ax.axvline(.5, color='C7', lw=1, ls=':')
     ax.set(xlim=(0,1), ylim=(len(table)-.5,-.5), yticks=range_of(table), yticklabels=table.index)
     ax.set_xlabel('share on its own photos, ± 2 standard errors')
@@ -341,40 +335,31 @@ def _draw(table, pictures, own, names, maps, shares, figsize=None): # `maps` and
             if r: show_overlay(img, maps[r-1][j], ctx=ax)
             else: show_image(img, ctx=ax, cmap='gray')
             frame_own(ax, own[j], img.shape[1:])
-            wrap_title(ax, [f'{table.index[r-1]}: {_said(shares[r-1][j])}' if r else names[j]])
+            wrap_title(ax, [f'{table.index[r-1]}: {short(shares[r-1][j].item())}' if r else names[j]])
     return np.array(fig.axes)
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000034
-def _named(methods): # name -> `Method`; of the same name, the second gets a number
-    res = {}
-    for f in methods:
-        k = sum(o.split(' ')[0]==f.name for o in res)
-        res[f'{f.name} {k+1}' if k else f.name] = f
-    return res
-
 @patch
 @no_trace
 def heatmap_focus(self:Learner,
-    items=None, # Photos to lay together, each as for `open_image` or as `(image, label)`; None = the validation set
+    items=None, # Photos, each as for `open_image` or as `(image, label)`; None = the validation set
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; or a list of them
     layer=None, # As in `get_heatmaps`, for the methods that look at one, and for the activations
     n:int=200, # How many mosaics, each at the cost of four photos; of a large set `4n` photos are looked at, at least 64
-    seed:int=0, # The same mosaics each time
-    bs:int=None, # How many photos at once, four to a mosaic; None = the batch size of the DataLoaders
-    score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
-    **options # Of the methods, as in `get_heatmaps`; for one called `n` or `seed`, pass `get_method('rise', n=500)` as `method`
-) -> Findings: # `each` has the shares (m,) of each method, NaN where a map is flat, and the `photos` (m, 4)
-    "Measure which share of the evidence for a class falls on its own photos in mosaics (Arias-Duart et al. 2022, arXiv 2109.15035)"
+    seed:int=0, # Of all that is random: the same seed gives the same findings
+    bs:int=None, # Batch size in photos, four to a mosaic; None = that of the DataLoaders
+    score=None, # As in `get_heatmaps`
+    **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
+) -> Findings: # A row for each method; `each` has 'method focus', shares (m,), NaN where a map is flat, and 'photos' (m, 4)
+    "Measure in mosaics how much of a class's evidence falls on its own photos (Arias-Duart et al. 2022, arXiv 2109.15035)"
     check_bs(bs)
-    methods = [get_method(m, **options) for m in listify(method)]
-    if not methods: raise ValueError("the list of methods is empty: name at least one")
-    named = {**_named(methods), 'activations':get_method('activations')} # asked on the same pass, where there is one
+    methods = {**named_methods(method, **options), 'activations':get_method('activations')} # in the same pass
     run = shadow(self)
     if layer is not None: layer = find_layers(run.model, layer)
     vocab = output_names(self)
     images = to_images(run.dls, items, bs=bs, vocab=vocab)
-    mosaics,shares = measure_focus(run, images, list(named.values()), layer, n, seed, score, bs, keep=3)
-    each = dict(zip(named, shares))
+    mosaics,shares = measure_focus(run, images, list(methods.values()), layer, n, seed, bs, score, keep=3)
+    each = dict(zip(methods, shares))
     acts = each.pop('activations')
     each = each or {'activations':acts}
     table = _table(each, acts, mosaics.photos)
@@ -383,4 +368,5 @@ def heatmap_focus(self:Learner,
     firsts = [v[:3] for v in each.values()][:shown]
     draw = partial(_draw, table, mosaic_pictures(mosaics, 3), mosaics.own[:3], names, mosaics.maps[:shown], firsts)
     said = [_shares(each, acts, mosaics.photos), *_verdict(each, acts, mosaics.photos), *_basis(each, acts, mosaics, n)]
-    return Findings(table, ' '.join(said), {**each, 'activations':acts, 'photos':mosaics.photos}, draw)
+    values = {f'{k} focus':v for k,v in {**each, 'activations':acts}.items()}
+    return Findings(table, ' '.join(said), {**values, 'photos':mosaics.photos}, draw)

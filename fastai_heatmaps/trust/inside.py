@@ -13,7 +13,7 @@ from ..core.passes import person_looks
 from ..data.photo import on_photo
 from ..data.draw import new_panels, wrap_title
 from ..data.heatmaps import Heatmaps
-from .findings import Findings, centre_maps, mean_error, differs
+from .findings import Findings, centre_maps, mean_error, mean_columns, differs, short
 from fastprogress.fastprogress import progress_bar
 
 # %% ../../nbs/54_trust.inside.ipynb #in000006
@@ -137,7 +137,8 @@ def which_frame(
     with naming(hm, 0):
         size = None if are_boxes(o) else mask_pixels(o).shape
         if photo!=seen and size in (photo,seen): return 'input' if size==seen else 'original'
-        what = 'boxes have no size' if size is None else 'it has the size of both' if size==seen else 'its size is {}×{}'.format(*size)
+        if size is None: what = 'boxes have no size'
+        else: what = 'it has the size of both' if size==seen else f'its size is {size[0]}×{size[1]}'
         raise ValueError(f"{what}, and may it lie on what the model saw, {seen[0]}×{seen[1]} (height × width), "
                          f"or on the photo, {photo[0]}×{photo[1]}? Pass on='input' or on='original'")
 
@@ -146,10 +147,11 @@ def cells_of(
     size:tuple, # Height and width of the frame, in pixels
     grid:Tensor, # As from `frame_of`
     shape:tuple # (h, w) of a map
-) -> tuple: # The cell in which each pixel lies (H f, W f), -1 where the model did not see it; f, large enough that no cell is skipped
+) -> tuple: # The cell of each pixel (H f, W f), -1 where the model did not see it; f, large enough that no cell is skipped
     "Find the cell that each pixel of a frame lies in"
     (H,W),(h,w) = size,shape
-    steps = [(grid.diff(dim=d).abs().amax((0,2,3))*tensor([w,h])/2).max() for d in (2,3)] # of the lattice, down and across, in cells
+    def step(d): return (grid.diff(dim=d).abs().amax((0,2,3))*tensor([w,h])/2).max() # of the lattice, in cells
+    steps = step(2),step(3) # down and across
     f = max(1, math.ceil(max(32*o/s for o,s in zip(steps, size)) - 1e-3))
     cells = on_photo(torch.arange(h*w).view(1, h, w), grid, (H*f, W*f), 'nearest')[0]
     return cells.nan_to_num(-1).long(),f
@@ -211,7 +213,8 @@ def measure_inside(
     mask_of:callable, # As from `masks_by_item`
     on:str, # As for `frame_of`
     at:Tensor # As for `score_maps`
-) -> tuple: # As from `score_maps`, of all images: (n, k), (n, k), (n, k, t); of spots in the middle, k = 1; the masks' area (n, 1), 0 to 1
+) -> tuple: # As from `score_maps`, of all images: (n, k), (n, k), (n, k, t); the same of spots in the middle, with k = 1;
+    # the masks' area (n, 1), 0 to 1
     "Score the maps of all images, and maps that know nothing"
     scores,centre,area = [],[],[]
     places = range_of(hm)
@@ -234,11 +237,11 @@ def _table(each, classes): # of what `Heatmaps.inside` measures for each image
     rows = []
     for j,c in enumerate(classes):
         has_answer = ~each['energy'][:,j].isnan()
-        def mean(o): return mean_error(torch.where(has_answer, o, torch.nan))
+        def answers(o): return torch.where(has_answer, o, torch.nan)
         for name in ('energy', 'pointing', 'best IoU', 'IoU'):
-            value,error = mean(each[name][:,j])
-            uniform,centre = mean(each['area'][:,0])[0],mean(each[f'{name} of the centre'][:,0])[0]
-            rows.append({'class':c, 'metric':name, 'value':value, 'error':error, 'uniform':uniform, 'centre':centre})
+            uniform,centre = [mean_error(answers(o[:,0]))[0] for o in (each['area'], each[f'{name} centre'])]
+            columns = mean_columns({'value':answers(each[name][:,j])})
+            rows.append({'class':c, 'metric':name, **columns, 'uniform':uniform, 'centre':centre})
     res = pd.DataFrame(rows)
     return res.set_index(['class', 'metric']) if len(classes)>1 else res.drop(columns='class').set_index('metric')
 
@@ -257,19 +260,19 @@ def _words(each, best, thresh, classes): # what was found, a few sentences for e
             res.append(f'{who}no map has any evidence.')
             continue
         v = {k:torch.where(v['energy'].isnan(), torch.nan, o) for k,o in v.items()}
-        m = {k:mean_error(o)[0] for k,o in v.items()}
+        m = {k:short(mean_error(o)[0]) for k,o in v.items()}
         def against(k): # what knows nothing
             def one(b): return '' if n==1 else f' ({_than(v[k], v[b])})'
-            centre = f'{k} of the centre'
-            even,spot = f"{m['area']:.2f} for an even map{one('area')}",f"{m[centre]:.2f} for a spot in the middle{one(centre)}"
-            return f"against {even} and {spot}"
+            centre = f'{k} centre'
+            uniform = f"{m['area']} for a uniform map{one('area')}"
+            return f"against {uniform} and {m[centre]} for a spot in the middle{one(centre)}"
         images = f'{n} images' if n>1 else 'one image'
-        res.append(f"{who}On {images}, {m['energy']:.2f} of the evidence lies inside, {against('energy')}.")
+        res.append(f"{who}On {images}, {m['energy']} of the evidence lies inside, {against('energy')}.")
         if len(classes)==1:
             brightest = 'The brightest cell is inside in' if n>1 else 'Pointing is'
-            res.append(f"{brightest} {m['pointing']:.2f}{' of them' if n>1 else ''}, {against('pointing')}.")
-            res.append(f"Cut out at {best[j]:.2f} of its maximum, a map overlaps with the mask by {m['best IoU']:.2f} "
-                       f"(IoU), and at {thresh:.2f} by {m['IoU']:.2f}; the spot by {m['best IoU of the centre']:.2f} at best.")
+            res.append(f"{brightest} {m['pointing']}{' of them' if n>1 else ''}, {against('pointing')}.")
+            res.append(f"Cut out at {short(best[j].item())} of its maximum, a map overlaps with the mask by {m['best IoU']} "
+                       f"(IoU), and at {short(thresh)} by {m['IoU']}; the spot by {m['best IoU centre']} at best.")
         if n<of_n: res.append(f"{of_n-n} more have no evidence, or no object where the model looked, and are left out.")
     return ' '.join(res)
 
@@ -299,7 +302,8 @@ def _draw(hm, mask_of, on, each, n=4, figsize=None, **looks): # `looks`: for `He
         small = F.interpolate(mask[None,None].float(), img.shape[-2:], mode='nearest-exact')[0,0]
         for j,ax in enumerate(some):
             _outline(ax, small)
-            wrap_title(ax, [hm.title(i, j)[0][0], f"inside {each['energy'][i,j]:.2f}, even {each['area'][i,0]:.2f}"])
+            inside,uniform = [short(o.item()) for o in (each['energy'][i,j], each['area'][i,0])]
+            wrap_title(ax, [hm.title(i, j)[0][0], f'inside {inside}, uniform {uniform}'])
     return axs
 
 # %% ../../nbs/54_trust.inside.ipynb #in000039
@@ -308,8 +312,8 @@ def _draw(hm, mask_of, on, each, n=4, figsize=None, **looks): # `looks`: for `He
 def inside(self:Heatmaps,
     masks, # Of each image a mask (H, W), or boxes (m, 4) of x1, y1, x2, y2 in pixels; or a function from an item to these
     thresh:float=.5, # Where maps are cut out for the IoU, as a part of their maximum
-    on:str=None # What they lie on: 'input' = what the model saw, 'original' = the photo as it was opened; None = as their size tells
-) -> Findings: # A row for each metric, and class if there are several
+    on:str=None # What they lie on: 'input' = what the model saw, 'original' = the photo; None = as their size tells
+) -> Findings: # A row for each metric, and class if there are several; `each` has the values of maps and spots, and the area
     "Measure how much of the evidence lies in masks or boxes, and how well the maps fit them"
     if not 0<thresh<=1: raise ValueError(f"thresh is {thresh}; expected a part of the maximum, above 0 and up to 1")
     if on not in (None, 'input', 'original'):
@@ -319,9 +323,9 @@ def inside(self:Heatmaps,
     on = on or which_frame(self, mask_of(0))
     at = torch.cat([torch.arange(1, 101)/100, tensor([thresh])])
     scores,centre,area = measure_inside(self, mask_of, on, at)
-    if area.nansum()==0: raise ValueError("no mask has a pixel that the model saw, so there is nothing for the evidence to be in")
+    if area.nansum()==0: raise ValueError("no mask has a pixel that the model saw: there is nothing for the evidence to be in")
     each,best = _by_name(scores)
-    each.update({f'{k} of the centre':o for k,o in _by_name(centre)[0].items()}, area=area)
+    each.update({f'{k} centre':o for k,o in _by_name(centre)[0].items()}, area=area)
     same = (self.cls==self.cls[0]).all()
     classes = [self.name(c) for c in self.cls[0]] if same else [f'class {j+1}' for j in range(self.cls.shape[1])]
     return Findings(_table(each, classes), _words(each, at[best], thresh, classes), each, partial(_draw, self, mask_of, on, each))

@@ -11,21 +11,18 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace, restoring
 from ..core.hooks import every_output
 from ..core.layers import as_map
-from ..core.targets import is_per_image
-from ..core.method import get_method
-from ..data.images import to_images, own_dl
+from ..data.images import own_dl
 from ..data.draw import show_overlay
-from ..learner.run import shadow, shows_bars, output_names, run_passes
+from ..learner.run import shadow, shows_bars, run_passes
 from ..learner.core import explain_by
-from .findings import Findings, rank_correlation, ssim, mean_error
+from .findings import Findings, rank_correlation, ssim, of_others, mean_error, mean_columns
+from .findings import named_methods, choose_images, unwatched, with_error, listed, by_method, n_photos
 from fastprogress.fastprogress import progress_bar
 from contextlib import nullcontext
 from copy import copy, deepcopy
 import gc,warnings
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000006
-def _unwatched(model, *xb): return nullcontext([])
-
 def running_order(
     run:Learner, # As from `shadow`
     images, # `Images`, of which the first is used
@@ -35,7 +32,7 @@ def running_order(
     names,shapes,xs = {m:n for n,m in run.model.named_modules()},{},[]
     def record(m, i, o):
         if m in names and m is not run.model: shapes.setdefault(names[m], o.shape if isinstance(o, Tensor) else ())
-    with every_output(record): run_passes(run, images.part([0]), _unwatched, lambda ran: xs.append(ran.x), score=score)
+    with every_output(record): run_passes(run, images.part([0]), unwatched, lambda ran: xs.append(ran.x), score=score)
     is_map = [s[:1]==(1,) and as_map(torch.empty(s, device='meta'), xs[0]) is not None for s in shapes.values()]
     after = len(is_map)-is_map[::-1].index(True) if any(is_map) else 0
     def parts(ns): return [n for n in ns if any(True for _ in run.model.get_submodule(n).parameters(recurse=False))]
@@ -108,7 +105,7 @@ def measure_norms(
     if not norms: return
     counts = {}
     hooks = [m.register_forward_pre_hook(lambda m, i: _pool(m, i[0], counts)) for m in norms]
-    run_passes(run, images, _unwatched, noop, score=score)
+    run_passes(run, images, unwatched, noop, score=score)
     for h in hooks: h.remove()
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000018
@@ -165,11 +162,6 @@ def each_stage(
 # %% ../../nbs/51_trust.sanity.ipynb #sa000022
 as_it_is,other_photo = 'as it is','another photo' # what the model before all stages is called, and the baseline
 
-def _of_others(maps): # for each image the maps of another
-    n = len(maps)
-    if n<2: return [torch.zeros_like(m) for m in maps] # there is no other
-    return [maps[(i+n//2)%n] for i in range(n)]
-
 @no_trace
 def measure_sanity(
     run:Learner, # As from `shadow`
@@ -185,7 +177,7 @@ def measure_sanity(
     res = [{} for _ in methods]
     def use(stage, hms, before):
         for r,hm,b in zip(res, hms, before):
-            r[stage or other_photo] = rank_correlation(b.maps, hm.maps if stage else _of_others(b.maps))
+            r[stage or other_photo] = rank_correlation(b.maps, hm.maps if stage else of_others(b.maps))
     each_stage(run, images, methods, use, layer, cls, stages, seed, **kwargs)
     return res
 
@@ -234,39 +226,43 @@ def _train_shuffled(learn, run, images, epochs, seed, score): # the model of `ru
     return float(losses[0]),float(losses[-1])
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000029
-def _number(r, error=False): # a mean as text, with its error
-    mean,e = mean_error(r)
-    def short(v): return f'{v:.2f}'.replace('0.', '.', 1) if abs(v)<.995 else f'{v:.2f}'
-    return short(mean) + (f' ± {short(e)}' if error and not np.isnan(e) else '')
+_answers = dict(
+    depends='Maps by {} depend on what was learned: they change with random weights. That alone does not make them right.',
+    partly='Maps by {} show only in part what was learned: they are still alike with random weights.',
+    blind='Maps by {} do not show what was learned: they hardly change with random weights.',
+    unsure='It takes more photos to say whether maps by {} depend on what was learned.',
+    flat='Maps by {} are flat, and nothing can be said of them.')
+
+def _answer(ranks): # of one method, as from `measure_sanity`: a key of `_answers`; the largest mean of those that count, as text
+    where = {'head':'in the head', 'all':'in the whole model'}
+    means = {k:mean_error(v) for k,v in ranks.items() if k in where and not v.isnan().all()}
+    if not means: return 'flat',''
+    most = max(means, key=lambda k: means[k][0])
+    alike,error = means[most]
+    if np.isnan(error): answer = 'unsure'
+    elif alike>.5: answer = 'blind' if alike>.9 else 'partly'
+    else: answer = 'unsure' if alike+2*error>.9 else 'depends'
+    return answer,f' ({with_error(alike, error)} {where[most]})'
 
 def says_sanity(
-    name:str, # Of the method
-    ranks:dict # As from `measure_sanity`
-) -> str: # A sentence
-    "Say whether the maps of a method depend on what was learned"
-    where = {'head':'in the head', 'all':'in the whole model'}
-    known = {k:v for k,v in ranks.items() if k in where and not v.isnan().all()}
-    if not known: return f"Nothing can be said of `{name}`: its maps are flat."
-    most = max(known, key=lambda k: mean_error(known[k])[0])
-    alike,error = mean_error(known[most])
-    said = f"random weights {where[most]} (rank correlation {_number(known[most], True)})"
-    each = ', '.join(f'{where[k]} {_number(v, True)}' for k,v in known.items())
-    unsure = f"It takes more photos to say whether `{name}` depends on what was learned (rank correlation {each})."
-    if np.isnan(error): return unsure
-    if alike>.9: return f"`{name}` does not show what was learned: its maps hardly change with {said}."
-    if alike>.5: return f"`{name}` shows only in part what was learned: its maps are still alike with {said}."
-    if alike+2*error>.9: return unsure
-    return (f"`{name}` depends on what was learned: its maps change with random weights (rank correlation {each}); "
-            "that alone does not make them right.")
+    ranks:dict # Method -> as from `measure_sanity`
+) -> str: # Sentences
+    "Say which methods have maps that depend on what was learned"
+    found = {m:_answer(of) for m,of in ranks.items()}
+    res = []
+    for answer,said in _answers.items():
+        names = [m+number for m,(a,number) in found.items() if a==answer]
+        if names: res.append(said.format(listed(names)))
+    if any(number for _,number in found.values()):
+        res.append("The numbers are rank correlations with the maps of the model as it is, at the stage that changes them least.")
+    return ' '.join(res)
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000031
-def _flat_words(ranks): # of maps that have nothing to be compared; `ranks`: method -> as from `measure_sanity`
+def _flat_words(ranks): # on maps that cannot be compared; `ranks`: method -> as from `measure_sanity`
     flat = {(m,s):int(r.isnan().sum()) for m,of in ranks.items() for s,r in of.items() if s!=other_photo and r.isnan().any()}
     if not flat: return ''
     (m,s),count = max(flat.items(), key=itemgetter(1))
-    return f" Flat maps have no ranks and are left out: up to {count} of {ranks[m][s].numel()} (`{m}`, {s})."
-
-def _photos(n, wanted): return f' {n} photo' + 's'*(n!=1) + ', all that there are'*(n<wanted) + '.'
+    return f" Flat maps have no ranks and are left out: up to {count} of {ranks[m][s].numel()} ({m}, {s})."
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000033
 def _picture_rows(fig, gs, img, pictures): # returns the Axes
@@ -317,98 +313,91 @@ def draw_sanity(
     ax.set_ylabel(label)
     return [*axs, ax]
 
-# %% ../../nbs/51_trust.sanity.ipynb #sa000036
-def _chosen(learn, run, items, n, cls, seed, bs, input): # `n` of the images at random, and `cls` for these
-    images = to_images(run.dls, items, bs=bs, vocab=output_names(learn), input=input)
-    if n>=len(images): return images,cls
-    rows = sorted(random.Random(seed).sample(range_of(images), n))
-    return images.part(rows),(cls[rows] if is_per_image(cls) and len(cls)==len(images) else cls)
-
 # %% ../../nbs/51_trust.sanity.ipynb #sa000037
-def _stage_findings(ranks, ssims, draw, photos): # the first two: method -> a stage, or 'another photo' -> (n, k)
-    rows = []
+def _stage_findings(ranks, ssims, draw, about): # the first two: method -> a stage, or 'another photo' -> (n, k)
+    rows = {}
     for m,of in ranks.items():
         for s in sorted(of, key=lambda s: s==other_photo): # the last one
-            (r,re),(a,ae) = mean_error(of[s]),mean_error(ssims[m][s])
-            rows.append(dict(method=m, stage=s, rank=r, rank_error=re, ssim=a, ssim_error=ae, flat=int(of[s].isnan().sum())))
-    words = [says_sanity(m, of) for m,of in ranks.items()]
+            rows[m,s] = {**mean_columns({'rank':of[s], 'ssim':ssims[m][s]}), 'flat':int(of[s].isnan().sum())}
     others = {m:of[other_photo] for m,of in ranks.items() if not of[other_photo].isnan().all()}
-    said = ', '.join(_number(r) + f' (`{m}`)'*(len(ranks)>1) for m,r in others.items())
-    if said: words.append(f"Maps of different photos: {said}.")
+    words = says_sanity(ranks)
+    if others: words += f" Maps of different photos have {by_method({m:with_error(*mean_error(r)) for m,r in others.items()})}."
     curves = {m:{s:mean_error(r) for s,r in of.items() if s!=other_photo or m in others} for m,of in ranks.items()}
-    each = {f'{m}, {s}':r for m,of in ranks.items() for s,r in of.items()}
-    draw = partial(draw, curves=curves, label='rank correlation')
-    return Findings(pd.DataFrame(rows), ' '.join(words)+photos+_flat_words(ranks), each, draw)
+    each = {f'{m} {s}':r for m,of in ranks.items() for s,r in of.items()}
+    table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=['method', 'stage']))
+    return Findings(table, f'{words} {about}{_flat_words(ranks)}', each, partial(draw, curves=curves, label='rank correlation'))
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000038
 def says_rise(
-    name:str, # Of the method
-    rise:Tensor # (n, k): of the complexity, as a part of what it was
-) -> str: # A sentence
-    "Say whether the maps of a random model are more complex"
-    mean,error = mean_error(rise)
-    if np.isnan(mean): return f"Nothing can be said of `{name}`: its maps are flat."
-    how = 'more complex' if mean>2*error else 'less complex' if mean<-2*error else 'about as complex'
-    rise = f'{mean:+.0%}' + ('' if np.isnan(error) else f' ± {error:.0%}')
-    return f"`{name}`: the maps of a random model are {how} ({rise})."
+    rises:dict # Method -> (n, k): how much more complex each map is, as a part of what it was
+) -> str: # Sentences
+    "Say which methods have maps that are more complex with a random model"
+    groups = {'more complex':[], 'less complex':[], 'about as complex':[], 'flat':[]}
+    for m,rise in rises.items():
+        mean,error = mean_error(rise)
+        how = 'more complex' if mean>2*error else 'less complex' if mean<-2*error else 'about as complex'
+        number = f' ({mean:+.0%}' + ('' if np.isnan(error) else f' ± {error:.0%}') + ')'
+        groups['flat' if np.isnan(mean) else how].append(m if np.isnan(mean) else m+number)
+    flat = groups.pop('flat')
+    res = [f"With a random model, maps by {listed(names)} are {how}." for how,names in groups.items() if names]
+    if flat: res.append(_answers['flat'].format(listed(flat)))
+    return ' '.join(res)
 
-def _rise_findings(found, draw, photos): # `found`: method -> 'as it is' and 'all' -> complexity (n, k)
+def _rise_findings(found, draw, about): # `found`: method -> 'as it is' and 'all' -> complexity (n, k)
     rows,rises = [],{}
-    for m,of in found.items():
-        before,after = of.values()
+    for m,(before,after) in zip(found, (of.values() for of in found.values())):
         rises[m] = torch.where(before>0, after/before-1, torch.nan)
-        (b,be),(a,ae),(r,re) = map(mean_error, (before, after, rises[m]))
-        rows.append(dict(method=m, before=b, before_error=be, after=a, after_error=ae, rise=r, rise_error=re,
-                         flat=int((before==0).sum())))
-    words = ' '.join(says_rise(m, r) for m,r in rises.items())
-    words += " Those of a method that shows what was learned should be more complex, but so may be those of others."
+        columns = mean_columns(dict(before=before, after=after, rise=rises[m]))
+        rows.append({**columns, 'flat':int((before==0).sum())})
+    words = (f"{says_rise(rises)} Those of a method that shows what was learned should be more complex, but so may be those of "
+             f"others. {about}")
     curves = {m:{s:mean_error(v) for s,v in of.items()} for m,of in found.items()}
-    return Findings(pd.DataFrame(rows), words+photos, rises, partial(draw, curves=curves, label='entropy'))
+    table = pd.DataFrame(rows, index=pd.Index(found, name='method'))
+    return Findings(table, words, {f'{m} rise':r for m,r in rises.items()}, partial(draw, curves=curves, label='entropy'))
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000039
 @patch
 @no_trace
 def sanity_check(self:Learner,
-    items=None, # Images, as for `get_heatmaps`; None = the validation set
-    method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; a list of them shares the random models
-    layer=None, # As in `get_heatmaps`
-    cls=None, # As in `get_heatmaps`; None = the class that the model as it is predicts
-    n:int=16, # How many of the images, chosen at random if there are more
+    items=None, # Photos, each as for `open_image` or as `(image, label)`; None = the validation set
+    method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; or a list of them
+    layer=None, # As in `get_heatmaps`, for the methods that look at one
+    cls=None, # As in `get_heatmaps`; None = the predicted class
+    n:int=16, # How many of the photos, chosen at random if there are more
+    stages:int=5, # In how many steps weights become random: the head, and the body in `stages - 1` groups; 1 = all at once
     efficient:bool=False, # Compare only the complexity of the maps before and after, with all weights random? For large sets
     labels:bool=False, # Train a copy of the model on shuffled labels, too? That takes as long as training does
     epochs:int=5, # Of that training
-    stages:int=5, # In how many steps weights become random: the head, and the body in `stages - 1` groups; 1 = all at once
-    relu:bool=None, # Keep evidence for the class only, as in `get_heatmaps`?
-    seed:int=0, # Of the choice, the random weights and the shuffling; the errors do not know how much another seed changes
-    bs:int=None, # As in `get_heatmaps`
+    relu:bool=None, # As in `get_heatmaps`
+    input:int=0, # As in `get_heatmaps`
+    seed:int=0, # Of all that is random: the same seed gives the same findings, and the errors do not tell what another would
+    bs:int=None, # Batch size, also of changed photos; None = that of the DataLoaders
     score=None, # As in `get_heatmaps`
-    input:int=0, # Which of the model's inputs is explained, where it takes several
-    **options # Of the methods
-) -> Findings: # Its table has a row for each method and stage; `each`, 'method, stage' -> rank correlations (n, k)
+    **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
+) -> Findings: # A row for each method and stage; `each` has 'method stage', rank correlations (n, k)
     "Ask whether heatmaps depend on what was learned, by a model of random weights (Adebayo et al. 2018, arXiv 1810.03292)"
     if n<1 or stages<1: raise ValueError(f"n is {n} and stages is {stages}; expected at least 1 of each")
     if efficient and labels: raise ValueError("efficient=True asks one random model and labels=True trains another: choose one")
-    methods = {f.name:f for f in [get_method(m, **options) for m in listify(method)]}
-    if len(methods)<len(listify(method)): raise ValueError(f"two of {', '.join(methods)} are called alike: give each a name")
+    methods = named_methods(method, **options)
     if labels: _shuffled_dl(self.dls, seed) # before anything is run: are there any?
     run = shadow(self)
-    images,cls = _chosen(self, run, items, n, cls, seed, bs, input)
+    images,cls = choose_images(run, items, n, cls, seed, bs=bs, input=input)
     pictures,ranks,ssims,entropies = [{m:{} for m in methods} for _ in range(4)]
     def use(stage, hms, before):
         for m,hm,b in zip(methods, hms, before):
             pictures[m][stage or as_it_is] = hm.maps[0][0].clone() # which would keep all of them alive else
             if efficient: entropies[m][stage or as_it_is] = complexity(hm.maps)
             else:
-                maps,key = (hm.maps,stage) if stage else (_of_others(b.maps),other_photo)
+                maps,key = (hm.maps,stage) if stage else (of_others(b.maps),other_photo)
                 ranks[m][key],ssims[m][key] = rank_correlation(b.maps, maps),ssim(b.maps, maps)
     fs,ask = list(methods.values()),dict(relu=relu, bs=bs, score=score)
     before = each_stage(run, images, fs, use, layer, cls, 1 if efficient else stages, seed, **ask)
-    said = _photos(len(images), n)
+    about = f'Measured on {n_photos(len(images), n)}.'
     if labels:
         with copied_model(run):
             start,end = _train_shuffled(self, run, images, epochs, seed, score)
             use(shuffled, _again(run, images, fs, before, **ask), before)
-        said += f" On shuffled labels, the loss went from {start:.2f} to {end:.2f} in {epochs} epochs."
+        about += f" On shuffled labels, the loss went from {start:.2f} to {end:.2f} in {epochs} epochs."
     gc.collect() # Learners and their callbacks know each other, so that copies would wait to be collected
     draw = partial(draw_sanity, images.image(0), pictures)
-    return _rise_findings(entropies, draw, said) if efficient else _stage_findings(ranks, ssims, draw, said)
+    return _rise_findings(entropies, draw, about) if efficient else _stage_findings(ranks, ssims, draw, about)

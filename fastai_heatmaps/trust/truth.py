@@ -14,7 +14,7 @@ from ..core.method import heatmap_methods, get_method
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shows_bars
 from ..learner import core # which gives the Learner `get_heatmaps`
-from .findings import Findings, mean_error, differs
+from .findings import Findings, mean_error, mean_columns, differs, short
 from .inside import measure_inside
 from fastprogress.fastprogress import progress_bar
 
@@ -57,8 +57,9 @@ def truth_picture(
 ) -> PILImage: # 96×96
     "Draw the picture of an item"
     rng = np.random.default_rng(item['seed'])
-    clouds = Image.fromarray(rng.uniform(88, 168, (5,5)).astype(np.uint8)).resize((picture_side,picture_side), Image.Resampling.BILINEAR)
-    grey = np.array(clouds)+rng.normal(0, 8, (picture_side,picture_side))
+    size = picture_side,picture_side
+    clouds = Image.fromarray(rng.uniform(88, 168, (5,5)).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    grey = np.array(clouds)+rng.normal(0, 8, size)
     im = PILImage.create(np.stack([grey.clip(64, 192).astype(np.uint8)]*3, -1))
     for which in ('used', 'unused'):
         box = patch_box(which, item)
@@ -161,7 +162,7 @@ def swap_effect(
     return (was.argmax(1)!=now.argmax(1)).float().mean().item(),(was-now).abs().max().item()
 
 # %% ../../nbs/56_trust.truth.ipynb #tr000027
-def _marks(energy, area): # is `energy` (n,) clearly more than that of an even map?
+def _marks(energy, area): # is `energy` (n,) clearly more than that of a uniform map?
     return mean_error(energy-1.1*area)[0]>0 and differs(energy, 1.1*area)
 
 def _what(used, unused, area, blind): # a method marks; `blind`: is its map the same for another class?
@@ -182,8 +183,8 @@ def _draw_bars(table, area, figsize=None):
     fig,ax = plt.subplots(figsize=figsize or (5.5,1+.18*len(table)), layout='compressed')
     at = np.arange(len(table))
     for which,color,shift in ('used','C0',-.2),('unused','C1',.2):
-        ax.barh(at+shift, table[which], .4, xerr=table[f'{which} error'], color=color, label=f'{which} patch')
-    ax.axvline(area, color='black', ls=':', label='an even map')
+        ax.barh(at+shift, table[which], .4, xerr=table[f'{which}_error'], color=color, label=f'{which} patch')
+    ax.axvline(area, color='black', ls=':', label='a uniform map')
     ax.set_yticks(at, table.index, fontsize=8)
     ax.set_ylim(-.6, len(table)-.4)
     ax.invert_yaxis()
@@ -220,11 +221,11 @@ def score_methods(
             continue
         (used,pointing,area),(unused,*_) = [patch_energy(hm, which) for which in ('used','unused')]
         blind = torch.equal(hm.maps[:,0], hm.maps[:,1])
-        values = [*mean_error(used), *mean_error(unused), mean_error(pointing)[0], _what(used, unused, area, blind)]
-        rows[f.name] = dict(zip(('used', 'used error', 'unused', 'unused error', 'pointing', 'marks'), values))
-        each.update({f'{f.name}, used':used, f'{f.name}, unused':unused})
+        about = dict(pointing=mean_error(pointing)[0], marks=_what(used, unused, area, blind))
+        rows[f.name] = {**mean_columns(dict(used=used, unused=unused)), **about}
+        each.update({f'{f.name} used':used, f'{f.name} unused':unused})
     if not rows: raise ValueError(refused[0] if refused else "there are no methods to score")
     table = pd.DataFrame.from_dict(rows, 'index').rename_axis('method')
     uniform = mean_error(area)[0]
-    words = f"An even map has {uniform:.2f} of its evidence in each patch. {_words(table, refused)}"
+    words = f"A uniform map has {short(uniform)} of its evidence in each patch. {_words(table, refused)}"
     return Findings(table, words, {**each, 'area':area}, partial(_draw_bars, table, uniform))
