@@ -104,14 +104,14 @@ def test_heatmaps_keep_no_learner_alive(pics):
 
 
 def test_numbers_as_text():
-    says = {.934:'.93', -.071:'-.07', 1.:'1.00', .999:'1.00', 0.:'.00', np.nan:'?', -1.:'-1.00', 20.5:'20.50'}
+    says = {.934:'.93', -.071:'-.07', 1.:'1.00', .999:'1.00', 0.:'.00', -.004:'.00', np.nan:'?', -1.:'-1.00', 20.5:'20.50'}
     assert [short(x) for x in says]==list(says.values())
     assert with_error(.934, .021)=='.93 ± .02' and with_error(.934, np.nan)=='.93'
 
 
 def test_lists_in_words():
     assert [listed(list(o)) for o in ('a', 'ab', 'abc')]==['a', 'a and b', 'a, b and c'] and listed('abc', ', and ')=='a, b, and c'
-    assert by_method(dict(gradcam='.9', cam='.8'))=='.9 by gradcam and .8 by cam'
+    assert by_method(dict(gradcam='.9', cam='.8'))=='.9 by gradcam and .8 by cam' and by_method(dict(cam='.8'))=='.8'
     assert [n_photos(1), n_photos(2, 2), n_photos(2, 3)]==['1 photo', '2 photos', '2 photos, all that there are']
 
 

@@ -338,7 +338,7 @@ def test_the_answer():
     assert list(f.index)==['gradcam', 'activations', 'uniform'] and f.loc['gradcam','focus']==1 and f.loc['uniform','focus']==.5
     assert abs(f.loc['gradcam','above_activations']-.5)<1e-6 and f.loc['activations','above_activations']==0
     f = color_learner().heatmap_focus(n=12)
-    assert f.words.startswith('The share of the evidence for a class that falls on its own photos is 1.00 ± .00 by gradcam '
+    assert f.words.startswith('The share of the evidence for a class that falls on its own photos is 1.00 ± .00 '
                               '(uniform: .50; activations, which know no class: .50 ± .00).')
     assert 'cannot be told' not in f.words and 'Measured on 12 mosaics of 8 photos' in f.words and 'In 100% of the mosaics' in f.words
     assert f.each['gradcam focus'].shape==(12,) and f.each['photos'].shape==(12,4)

@@ -222,7 +222,7 @@ def test_efficient(tiny):
     t = res.table
     np.testing.assert_allclose(t.loc['step', ['before', 'after', 'rise']].astype(float), [np.log(2), np.log(4), 1], rtol=1e-5)
     assert t.loc['edges', 'rise']==0 and 'maps by edges (+0% ± 0%) are about as complex' in res.words
-    assert 'With a random model, maps by step (+100% ± 0%) are more complex.' in res.words
+    assert 'With a random model, maps by step (+100% ± 0%) are more complex' in res.words
 
 
 def test_flat_maps_are_counted(tiny):

@@ -66,7 +66,7 @@ def test_a_map_that_flips_with_the_picture(linear):
     torch.testing.assert_close(f.each['left flip'], -torch.ones(6, 1), rtol=0, atol=1e-4)
     torch.testing.assert_close(f.each['left noise'], torch.ones(6, 1))
     torch.testing.assert_close(f.each['left others'], torch.ones(6, 1))
-    assert 'By left that is hardly less' in f.words
+    assert 'that is hardly less' in f.words
 
 
 def test_copies_whose_answer_changed_are_left_out(linear):
@@ -137,7 +137,7 @@ def test_it_draws_and_pickles(linear):
     assert axs.shape==(2,4) and axs[1,0].get_title()=='saliency' and all(ax.images for ax in axs.flat)
     g = pickle.loads(pickle.dumps(f))
     assert g.words==f.words and g.plot().shape==(2,4)
-    assert all(o.endswith('.') for o in (f.words,)) and f.words.count('Gini')==2
+    assert all(o.endswith('.') for o in (f.words,)) and 'By the Gini index' in f.words
 
 
 def test_other_tasks(pics):

@@ -257,7 +257,7 @@ def _beside(values, who): # in words: by which metrics are the maps better than 
         higher = mean_error(of['map']-of[who])[0]>0
         how = 'better' if higher==(faithfulness_metrics[m][0]=='higher') else 'worse'
         said[how if differs(of['map'], of[who]) else 'not clearly better or worse'].append(m)
-    return listed([f"{how} by {listed(ms)}" for how,ms in said.items() if ms])
+    return listed([f"{how} by {listed(ms)}" for how,ms in said.items() if ms], ', and ')
 
 def _words(values, hm):
     n = '1 image' if len(hm)==1 else f'{len(hm)} images'

@@ -161,7 +161,9 @@ def short(
     x:float
 ) -> str: # '.93', and '?' for NaN
     "Write a number that is mostly between 0 and 1"
-    return '?' if np.isnan(x) else f'{x:.2f}'.replace('0.', '.', 1) if abs(x)<.995 else f'{x:.2f}'
+    if np.isnan(x): return '?'
+    text = f'{x:.2f}'.replace('-0.00', '0.00')
+    return text.replace('0.', '.', 1) if abs(x)<.995 else text
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000034
 def with_error(
@@ -183,9 +185,9 @@ def listed(
 # %% ../../nbs/50_trust.findings.ipynb #fi000036
 def by_method(
     texts:dict # Method -> what is said of it
-) -> str: # '.93 by gradcam and .71 by layercam'
+) -> str: # '.93 by gradcam and .71 by layercam'; of one method, what is said alone
     "List what was found by each method"
-    return listed([f'{text} by {name}' for name,text in texts.items()])
+    return listed([f'{text} by {name}' for name,text in texts.items()] if len(texts)>1 else texts.values())
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000037
 def n_photos(

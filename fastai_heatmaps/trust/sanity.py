@@ -16,7 +16,7 @@ from ..data.draw import show_overlay
 from ..learner.run import shadow, shows_bars, run_passes
 from ..learner.core import explain_by
 from .findings import Findings, rank_correlation, ssim, of_others, mean_error, mean_columns
-from .findings import named_methods, choose_images, unwatched, with_error, listed, by_method, n_photos
+from .findings import named_methods, choose_images, unwatched, short, with_error, listed, n_photos
 from fastprogress.fastprogress import progress_bar
 from contextlib import nullcontext
 from copy import copy, deepcopy
@@ -319,9 +319,12 @@ def _stage_findings(ranks, ssims, draw, about): # the first two: method -> a sta
     for m,of in ranks.items():
         for s in sorted(of, key=lambda s: s==other_photo): # the last one
             rows[m,s] = {**mean_columns({'rank':of[s], 'ssim':ssims[m][s]}), 'flat':int(of[s].isnan().sum())}
-    others = {m:of[other_photo] for m,of in ranks.items() if not of[other_photo].isnan().all()}
+    others = {m:mean_error(of[other_photo]) for m,of in ranks.items() if not of[other_photo].isnan().all()}
     words = says_sanity(ranks)
-    if others: words += f" Maps of different photos have {by_method({m:with_error(*mean_error(r)) for m,r in others.items()})}."
+    if len(others)==1: words += f" Maps of different photos have {with_error(*first(others.values()))}."
+    elif others:
+        least,most = [short(f(others.values())[0]) for f in (min, max)]
+        words += f" Maps of different photos have {least} to {most}, depending on the method."
     curves = {m:{s:mean_error(r) for s,r in of.items() if s!=other_photo or m in others} for m,of in ranks.items()}
     each = {f'{m} {s}':r for m,of in ranks.items() for s,r in of.items()}
     table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=['method', 'stage']))
@@ -339,7 +342,8 @@ def says_rise(
         number = f' ({mean:+.0%}' + ('' if np.isnan(error) else f' ± {error:.0%}') + ')'
         groups['flat' if np.isnan(mean) else how].append(m if np.isnan(mean) else m+number)
     flat = groups.pop('flat')
-    res = [f"With a random model, maps by {listed(names)} are {how}." for how,names in groups.items() if names]
+    said = [f"maps by {listed(names)} are {how}" for how,names in groups.items() if names]
+    res = [f"With a random model, {listed(said, ', and ')}."] if said else []
     if flat: res.append(_answers['flat'].format(listed(flat)))
     return ' '.join(res)
 

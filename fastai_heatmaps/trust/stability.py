@@ -79,14 +79,13 @@ def measure_stability(
 # %% ../../nbs/55_trust.stability.ipynb #sy000014
 def _words(found, noise, wanted): # `found`: method -> as from `measure_stability`
     def means(k): return by_method({name:with_error(*mean_error(r[k])) for name,r in found.items()})
-    res = [f"With noise, maps have a rank correlation with what they were of {means('noise')}, in the mirror of {means('flip')}."]
+    res = [f"Under noise, maps keep a rank correlation of {means('noise')}. In the mirror, they keep {means('flip')}."]
     if any(r['others'].isfinite().any() for r in found.values()):
         res.append(f"Maps of different photos have {means('others')}.")
         blind = [name for name,r in found.items() if not differs(r['noise'], r['others'])]
-        if blind: res.append(f"By {listed(blind)} that is hardly less than with noise.")
-    ginis = {name:mean_error(r['gini'])[0] for name,r in found.items()}
-    parts = {name:'nothing' if np.isnan(g) else f'{1-g:.0%} of the picture (Gini {short(g)})' for name,g in ginis.items()}
-    res.append(f"Maps are as concentrated as if they lay evenly on {by_method(parts)}.")
+        if blind: res.append(f"By {listed(blind)} that is hardly less than under noise.")
+    parts = by_method({name:short(1-mean_error(r['gini'])[0]) for name,r in found.items()})
+    res.append(f"By the Gini index, they are as concentrated as maps spread evenly over {parts} of the picture.")
     moved = first(found.values())['moved'] # (n, copies, k)
     out = int(moved.sum())
     changed = f"It changed the answer in {out} of {moved.numel()} cases{', which are left out' if out else ''}."
