@@ -118,8 +118,10 @@ def test_public_names():
     assert names=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
                    'in_mask', 'join_heatmaps', 'layer_shapes', 'leaf_output', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
     for n in '''get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid compare_heatmaps distrib_heatmaps explore_heatmaps
-        get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture'''.split(): assert hasattr(fh.Learner, n)
-    for n in 'top_losses_heatmaps confusion_heatmaps'.split(): assert hasattr(fv.ClassificationInterpretation, n)
+        get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture
+        check_heatmaps sanity_check heatmap_focus heatmap_stability heatmap_report'''.split(): assert hasattr(fh.Learner, n)
+    for n in 'top_losses_heatmaps confusion_heatmaps report'.split(): assert hasattr(fv.ClassificationInterpretation, n)
+    for n in 'show plot save report faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
 
 
 @pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if o.name in quick_nbs else pytest.mark.slow) for o in nbs])

@@ -363,9 +363,21 @@ def test_command_line(learn, pics, tmp_path, capsys, monkeypatch):
     rc,said = call('--overwrite', '--quiet', '--n', '2', '--top', '1', '--method', 'layercam')
     page = Page('report.html')
     assert said.out=='' and len(page.cards)==2 and 'right' not in page.facts and 'layercam' in page.facts['heatmaps']
-    for args,says in [(['--out', 'r.pdf'], 'ends in .html'), (['--labels', '--upright', '--overwrite'], 'do not go together'), (['--cls', 'Rad', '--overwrite'], 'closest names')]:
+    wrong = {'ends in .html': ['--out', 'r.pdf'], 'does not go with': ['--check', '--upright', '--overwrite'], 'closest names': ['--cls', 'Rad', '--overwrite']}
+    for says,args in wrong.items():
         rc,said = call(*args)
         assert rc==2 and says in said.err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_command_line_checks(learn, pics, tmp_path, capsys, monkeypatch):
+    "The verdict stands in the report; an exported Learner has no photos of its own"
+    monkeypatch.chdir(tmp_path)
+    learn.export(tmp_path/'e.pkl')
+    assert cli.main(['report', 'e.pkl', str(pics), '--trust', '--cpu', '--check'])==0
+    text = (tmp_path/'report.html').read_text('utf-8')
+    assert 'be told' in text or 'be trusted' in text
+    assert len(Page('report.html').cards)==12
 
 
 # In a browser

@@ -167,6 +167,7 @@ def save_grid(
 def _sources(a, learn, files): # the images as `heatmap_report` takes them
     from fastai_heatmaps.data.images import image_dl
     if a.labels: return dict(items=[(f, f.absolute().parent.name) for f in files])
+    if a.check: return dict(items=files)
     return dict(dl=image_dl(learn.dls, files, a.bs, a.upright))
 
 def save_report(
@@ -175,7 +176,7 @@ def save_report(
     "Write a report of images as one page"
     out = Path(a.out)
     if out.suffix.lower() not in ('.html', '.htm'): raise UsageError(f"--out is {a.out!r}; expected a name that ends in .html")
-    if a.labels and a.upright: raise UsageError("--labels and --upright do not go together: leave one of them out")
+    if a.upright and (a.labels or a.check): raise UsageError("--upright does not go with --labels or --check: leave one of them out")
     check_free(out, a.overwrite)
     files,gone = _find_images(a)
     learn = _open_learner(a)
@@ -183,7 +184,8 @@ def save_report(
     good = readable(files, _shows_bars(a))
     if not good: raise FileNotFoundError('none of the images could be read')
     with redirect_stdout(sys.stderr):
-        learn.heatmap_report(out, **_sources(a, learn, good), n=a.n, seed=a.seed, overwrite=a.overwrite, **request)
+        learn.heatmap_report(out, **_sources(a, learn, good), n=a.n, check=a.check, seed=a.seed, overwrite=a.overwrite,
+                             **request)
     return _report(a, f'report of {_images(len(good))}', gone+len(files)-len(good))
 
 # %% ../../nbs/73_cli.main.ipynb #c1000028
@@ -320,6 +322,7 @@ def _add_report(commands):
                    help='how many photos are shown: those with the largest losses, or chosen at random without --labels '
                         '(default: %(default)s)')
     g.add_argument('--labels', action='store_true', help='the name of the folder that a photo lies in is its class')
+    g.add_argument('--check', action='store_true', help='say also whether the heatmaps can be trusted, by up to 64 of the photos; takes a minute or two')
     g.add_argument('--seed', type=int, default=0, help='the same seed chooses the same ones (default: %(default)s)')
     _add_ends(g)
 
