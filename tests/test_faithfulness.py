@@ -411,7 +411,7 @@ def test_numbers_have_no_probabilities(pics):
 
 def test_raw_outputs_are_no_probabilities(learn):
     learn.loss_func = lambda pred, targ: F.cross_entropy(pred, targ)
-    with pytest.raises(ValueError, match='makes probabilities of the outputs'): learn.get_heatmaps().faithfulness()
+    with pytest.raises(ValueError, match='turns outputs into probabilities'): learn.get_heatmaps().faithfulness()
 
 
 def test_several_inputs(pics):

@@ -23,7 +23,9 @@ class Page(HTMLParser):
     def handle_endtag(self, tag): assert self.stack.pop()['tag']==tag
     def handle_data(self, text):
         for o in self.stack: o['text'] += text
-    def all(self, tag, **attrs): return [o for o in self.tags if o['tag']==tag and all(o.get(k.replace('_', '-').strip('-'))==v for k,v in attrs.items())]
+    def all(self, tag, **attrs):
+        want = {k.replace('_', '-').strip('-'):v for k,v in attrs.items()}
+        return [o for o in self.tags if o['tag']==tag and all(o.get(k)==v for k,v in want.items())]
     @property
     def facts(self): # of the whole: term -> text
         return {k['text']: v['text'] for k,v in zip(self.all('dt'), self.all('dd'))}
@@ -45,11 +47,12 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope='module')
 def hm(pics):
-    "Six photos of 64×64, three classes with odd names, maps of 8×8 cells; the second is taken for another class, and so is the last"
+    "Six photos of 64×64, three classes with odd names, maps of 8×8 cells; the second and the last are taken for another class"
     learn = pic_learner(pics)
     preds = tensor([[.7,.2,.1],[.1,.6,.3],[.1,.3,.6],[.8,.1,.1],[.2,.7,.1],[.5,.3,.2]])
     gen = torch.Generator().manual_seed(0)
-    return learn.get_heatmaps().replace(preds=preds, cls=preds.argsort(1, descending=True), targs=tensor([0,2,2,0,1,1]), vocab=names, maps=torch.rand(6,3,8,8, generator=gen), asked=None)
+    cls,targs,maps = preds.argsort(1, descending=True),tensor([0,2,2,0,1,1]),torch.rand(6,3,8,8, generator=gen)
+    return learn.get_heatmaps().replace(preds=preds, cls=cls, targs=targs, vocab=names, maps=maps, asked=None)
 
 
 @pytest.fixture(scope='module')
@@ -76,13 +79,15 @@ def test_says_what_fastai_says(learn, tmp_path):
     preds = learn.get_preds()[0][idxs].as_subclass(Tensor)
     for i,(p,place) in enumerate(zip(preds, idxs)):
         pred = int(p.argmax())
-        assert page.said(i, 'predicted').startswith(f'{learn.dls.vocab[pred]} {p[pred]:.2f}') and page.said(i, 'truth')==label(page.photos[i])
+        assert page.said(i, 'predicted').startswith(f'{learn.dls.vocab[pred]} {p[pred]:.2f}')
+        assert page.said(i, 'truth')==label(page.photos[i])
 
 
 def test_says_what_the_model_is(learn, tmp_path):
     facts = Page(learn.heatmap_report(tmp_path/'r.html', layer='0.6', method='layercam', seed=3)).facts
     assert facts['model']==f'resnet18, {sum(p.numel() for p in learn.model.parameters()):,} parameters'
-    assert facts['classes']=='2Blue_ish, Red' and facts['photos']=='6, the largest losses first' and facts['input']=='3×64×64' and facts['seed']=='3'
+    assert facts['classes']=='2Blue_ish, Red' and facts['photos']=='6, the largest losses first'
+    assert facts['input']=='3×64×64' and facts['seed']=='3'
     assert facts['heatmaps']=='layercam at layer 0.6, 4×4 cells'
     for name in ('fastai_heatmaps', 'fastai', 'torch'): assert f'{name} {__import__(name).__version__}' in facts['versions']
     assert time.strftime('%Y-%m-%d') in facts['made']
@@ -158,7 +163,8 @@ def test_file_names(pics, tmp_path):
         files.append(next(f for f in (tmp_path/'b').iterdir() if 'lat' in f.name))
     learn = pic_learner(pics)
     out = learn.heatmap_report(tmp_path/'r.html', items=files)
-    assert Page(out).photos==['a/<img src=x onerror=hacked=1>.png', '''a/"'&lt;.png''', 'b/ünï\u2028.png', 'b/lat\\udcffin.png'][:len(files)]
+    want = ['a/<img src=x onerror=hacked=1>.png', '''a/"'&lt;.png''', 'b/ünï\u2028.png', 'b/lat\\udcffin.png']
+    assert Page(out).photos==want[:len(files)]
     assert str(tmp_path) not in out.read_text('utf-8')
 
 
@@ -167,12 +173,14 @@ def test_n_and_seed(learn, pics, tmp_path):
     many = Page(learn.heatmap_report(tmp_path/'a.html')).photos
     few = Page(learn.heatmap_report(tmp_path/'b.html', n=2))
     assert few.photos==many[:2] and few.facts['photos']=='6, of which the 2 with the largest losses are shown'
-    assert sum(int(o['text'] or 0) for o in few.all('td'))==6 and 'All 6 photos are counted, and 2 of them are below' in few.all('section')[1]['text']
+    assert sum(int(o['text'] or 0) for o in few.all('td'))==6
+    assert 'All 6 photos are counted, and 2 of them are below' in few.all('section')[1]['text']
     files = sorted(pics.iterdir())
     some = [Page(learn.heatmap_report(tmp_path/f'{i}.html', files, n=4, seed=s)).photos for i,s in enumerate((0,0,1))]
     assert some[0]==some[1]!=some[2] and all(len(o)==4 and o==sorted(o) for o in some)
     whole = Page(learn.heatmap_report(tmp_path/'c.html', files, n=None))
-    assert whole.photos==[f.name for f in files] and 'right' not in whole.facts and not whole.all('table') and 'loss' not in whole.cards[0]['text']
+    assert whole.photos==[f.name for f in files] and 'right' not in whole.facts and not whole.all('table')
+    assert 'loss' not in whole.cards[0]['text']
 
 
 def test_labels_given_with_items(learn, pics, tmp_path):
@@ -180,7 +188,8 @@ def test_labels_given_with_items(learn, pics, tmp_path):
     page = Page(learn.heatmap_report(tmp_path/'r.html', items))
     dl = learn.dls.test_dl([f for f,_ in items], with_labels=True)
     losses,idxs = Interpretation.from_learner(learn, dl=dl).top_losses()
-    assert page.photos==[items[i][0].name for i in idxs] and [page.said(i, 'loss') for i in range(12)]==[f'{o:.3g}' for o in losses.tolist()]
+    assert page.photos==[items[i][0].name for i in idxs]
+    assert [page.said(i, 'loss') for i in range(12)]==[f'{o:.3g}' for o in losses.tolist()]
 
 
 def test_interpretation(learn, tmp_path):
@@ -194,7 +203,8 @@ def test_interpretation(learn, tmp_path):
 def test_check(learn, hm, tmp_path):
     "What a check has found comes before the photos; True asks for it"
     def draw(): return plt.subplots()[1].bar(['a'], [1])[0].axes
-    found = Findings(pd.DataFrame(dict(score=[.1234567]), index=pd.Index(['<b>gradcam'], name='method')), 'It <i>passes</i>.', {}, draw)
+    table = pd.DataFrame(dict(score=[.1234567]), index=pd.Index(['<b>gradcam'], name='method'))
+    found = Findings(table, 'It <i>passes</i>.', {}, draw)
     for out in (hm.report(tmp_path/'a.html', check=found), learn.heatmap_report(tmp_path/'b.html', check=found)):
         page = Page(out)
         section, = page.all('section', class_='verdict')
@@ -202,7 +212,9 @@ def test_check(learn, hm, tmp_path):
         assert any(o['src'].startswith('data:image/png') for o in page.all('img'))
     asked = []
     class Checked(Learner):
-        def check_heatmaps(self, items=None, method='gradcam', layer=None, n=64, seed=0, bs=None): asked.append((items, method, layer, seed, bs)); return found
+        def check_heatmaps(self, items=None, method='gradcam', layer=None, n=64, seed=0, bs=None):
+            asked.append((items, method, layer, seed, bs))
+            return found
     learn.__class__ = Checked
     assert Page(learn.heatmap_report(tmp_path/'c.html', check=True, seed=5)).all('section', class_='verdict')
     assert asked==[(None, 'gradcam', None, 5, None)]
@@ -212,9 +224,12 @@ def test_check(learn, hm, tmp_path):
 # Other tasks
 
 def test_multi_label(pics, tmp_path):
-    block = DataBlock((ImageBlock, MultiCategoryBlock(vocab=['a','b','c'])), get_items=get_image_files, get_y=lambda o: ['a','c'] if 'Red' in o.name else [],
+    block = DataBlock((ImageBlock, MultiCategoryBlock(vocab=['a','b','c'])), get_items=get_image_files,
+                      get_y=lambda o: ['a','c'] if 'Red' in o.name else [],
                       splitter=IndexSplitter(range(6)), item_tfms=Resize(64))
-    learn = vision_learner(block.dataloaders(pics, bs=4, num_workers=0, device='cpu'), resnet18, pretrained=False, normalize=False, n_out=3, metrics=partial(accuracy_multi, thresh=.4))
+    dls = block.dataloaders(pics, bs=4, num_workers=0, device='cpu')
+    metric = partial(accuracy_multi, thresh=.4)
+    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, n_out=3, metrics=metric)
     page = Page(learn.heatmap_report(tmp_path/'r.html', topk=2))
     p,t = learn.get_preds()
     place = {f.name: i for i,f in enumerate(learn.dls.valid_ds.items)}
@@ -230,8 +245,10 @@ def test_multi_label(pics, tmp_path):
 
 def test_numbers(pics, tmp_path):
     "A regression: no classes to choose photos by, both colours, and for each number a scale of its own"
-    block = DataBlock((ImageBlock, RegressionBlock(n_out=2)), get_items=get_image_files, get_y=lambda o: [1.5, -2], splitter=IndexSplitter(range(6)), item_tfms=Resize(64))
-    learn = vision_learner(block.dataloaders(pics, bs=4, num_workers=0, device='cpu'), resnet18, pretrained=False, normalize=False, metrics=mae)
+    block = DataBlock((ImageBlock, RegressionBlock(n_out=2)), get_items=get_image_files, get_y=lambda o: [1.5, -2],
+                      splitter=IndexSplitter(range(6)), item_tfms=Resize(64))
+    dls = block.dataloaders(pics, bs=4, num_workers=0, device='cpu')
+    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, metrics=mae)
     page = Page(learn.heatmap_report(tmp_path/'r.html'))
     assert page.facts['outputs']=='2' and page.facts['mae']==f'{learn.validate()[1]:.4g}' and not page.all('table')
     assert page.said(0, 'truth')=='1.5, -2' and page.said(0, 'loss') and 'predicted' not in page.cards[0]['text']
@@ -242,12 +259,15 @@ def test_numbers(pics, tmp_path):
 
 
 def test_segmentation(tmp_path, pics):
-    block = DataBlock((ImageBlock, MaskBlock(codes=['sky','sea'])), get_items=get_image_files, get_y=lambda o: PILMask.create(np.ones((64,64), np.uint8)),
+    block = DataBlock((ImageBlock, MaskBlock(codes=['sky','sea'])), get_items=get_image_files,
+                      get_y=lambda o: PILMask.create(np.ones((64,64), np.uint8)),
                       splitter=IndexSplitter(range(2)), item_tfms=Resize(64))
     dls = block.dataloaders(pics, bs=2, num_workers=0, device='cpu')
-    learn = Learner(dls, nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 2, 1)), loss_func=CrossEntropyLossFlat(axis=1), metrics=foreground_acc)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 2, 1))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(axis=1), metrics=foreground_acc)
     page = Page(learn.heatmap_report(tmp_path/'r.html'))
-    assert len(page.cards)==2 and 'of the pixels' in page.cards[0]['text'] and page.facts['foreground_acc']==f'{learn.validate()[1]:.4g}'
+    assert len(page.cards)==2 and 'of the pixels' in page.cards[0]['text']
+    assert page.facts['foreground_acc']==f'{learn.validate()[1]:.4g}'
     losses = Interpretation.from_learner(learn).losses.view(2, -1).mean(1).sort(descending=True).values
     assert [page.said(i, 'loss') for i in range(2)]==[f'{o:.3g}' for o in losses.tolist()]
 
@@ -277,7 +297,8 @@ def test_many_classes_are_listed(hm, tmp_path):
     "More than 50 classes have no matrix"
     n = 120
     preds = torch.eye(n)
-    many = hm[[0]*n].replace(preds=preds, cls=torch.arange(n)[:,None], maps=torch.rand(n,1,2,2), targs=torch.arange(n).roll(1), vocab=None)
+    cls,targs = torch.arange(n)[:,None],torch.arange(n).roll(1)
+    many = hm[[0]*n].replace(preds=preds, cls=cls, maps=torch.rand(n,1,2,2), targs=targs, vocab=None)
     page = Page(many.report(tmp_path/'r.html'))
     assert len(page.all('tr'))==21 and len(page.all('a', class_='cell'))==20
 
@@ -285,12 +306,14 @@ def test_many_classes_are_listed(hm, tmp_path):
 # Files, errors, traces
 
 def test_bad_input(learn, hm, tmp_path):
-    for kw,says in [(dict(out=tmp_path/'r.pdf'), 'ends in .html'), (dict(n=0), 'n is 0; expected at least 1'), (dict(topk=0), 'topk is 0'), 
-                    (dict(layer='0.99'), '0.99'), (dict(cls='Rad'), "'Red'"), (dict(items=[]), 'no images'), (dict(ds_idx=7), 'no set 7')]:
+    for kw,says in [(dict(out=tmp_path/'r.pdf'), 'ends in .html'), (dict(n=0), 'n is 0; expected at least 1'),
+                    (dict(topk=0), 'topk is 0'), (dict(layer='0.99'), '0.99'), (dict(cls='Rad'), "'Red'"),
+                    (dict(items=[]), 'no images'), (dict(ds_idx=7), 'no set 7')]:
         with pytest.raises(ValueError, match=says) as e: learn.heatmap_report(**{'out': tmp_path/'r.html', **kw})
         assert '\n' not in str(e.value)
     with pytest.raises(ValueError, match='no heatmaps'): hm[[]].report(tmp_path/'r.html')
-    with pytest.raises(ValueError, match='loaded without their images'): hm.replace(images=Images(idxs=range(6), names=list('abcdef'))).report(tmp_path/'r.html')
+    loaded = hm.replace(images=Images(idxs=range(6), names=list('abcdef')))
+    with pytest.raises(ValueError, match='loaded without their images'): loaded.report(tmp_path/'r.html')
     assert not list(tmp_path.iterdir())
 
 
@@ -328,8 +351,10 @@ def test_no_trace(learn, tmp_path):
     learn.model.train()
     cbs,metrics,rng = list(learn.cbs),[vars(m).copy() for m in learn.metrics],torch.random.get_rng_state()
     learn.heatmap_report(tmp_path/'r.html')
-    assert learn.model.training and list(learn.cbs)==cbs and [vars(m) for m in learn.metrics]==metrics and torch.equal(torch.random.get_rng_state(), rng)
-    assert all(torch.equal(v, state[k]) for k,v in learn.model.state_dict().items()) and not any(m._forward_hooks for m in learn.model.modules())
+    assert learn.model.training and list(learn.cbs)==cbs and [vars(m) for m in learn.metrics]==metrics
+    assert torch.equal(torch.random.get_rng_state(), rng)
+    assert all(torch.equal(v, state[k]) for k,v in learn.model.state_dict().items())
+    assert not any(m._forward_hooks for m in learn.model.modules())
     assert learn.loss_func.reduction=='mean'
 
 
@@ -357,13 +382,16 @@ def test_command_line(learn, pics, tmp_path, capsys, monkeypatch):
     rc,said = call('--labels')
     assert rc==1 and said.out=='report.html: report of 4 images, 1 skipped\n' and 'no.png' in said.err
     page = Page('report.html')
-    assert len(page.cards)==4 and 'of 4' in page.facts['right'] and all(page.said(i, 'truth')==label(o) for i,o in enumerate(page.photos))
+    assert len(page.cards)==4 and 'of 4' in page.facts['right']
+    assert all(page.said(i, 'truth')==label(o) for i,o in enumerate(page.photos))
     rc,said = call()
     assert rc==1 and 'add --overwrite' in said.err
     rc,said = call('--overwrite', '--quiet', '--n', '2', '--top', '1', '--method', 'layercam')
     page = Page('report.html')
     assert said.out=='' and len(page.cards)==2 and 'right' not in page.facts and 'layercam' in page.facts['heatmaps']
-    wrong = {'ends in .html': ['--out', 'r.pdf'], 'does not go with': ['--check', '--upright', '--overwrite'], 'closest names': ['--cls', 'Rad', '--overwrite']}
+    wrong = {'ends in .html': ['--out', 'r.pdf'],
+             'does not go with': ['--check', '--upright', '--overwrite'],
+             'closest names': ['--cls', 'Rad', '--overwrite']}
     for says,args in wrong.items():
         rc,said = call(*args)
         assert rc==2 and says in said.err.splitlines()[-1]
@@ -447,7 +475,8 @@ def test_choice_of_class(browser, page):
     browser.open(page).settle()
     before = browser.js(pixels(1))
     browser.click('#photo-1 label:nth-of-type(3)')
-    assert browser.js("document.querySelector('#photo-1 figcaption').textContent")==f'{names[2]} 0.10' and browser.js(pixels(1))!=before
+    assert browser.js("document.querySelector('#photo-1 figcaption').textContent")==f'{names[2]} 0.10'
+    assert browser.js(pixels(1))!=before
     browser.js("document.querySelector('#photo-1').focus()")
     browser.key('1')
     assert browser.js(pixels(1))==before
@@ -478,7 +507,9 @@ def test_filter(browser, page):
     "By the predicted and the true class, and by a cell of the matrix; the status says how many"
     browser.open(page).settle()
     count = "document.querySelector('#count').textContent"
-    def choose(id, value): browser.js(f"(o => {{ o.value = '{value}'; o.dispatchEvent(new Event('change', {{bubbles: true}})) }})(document.querySelector('#{id}'))")
+    def choose(id, value):
+        set_it = f"o.value = '{value}'; o.dispatchEvent(new Event('change', {{bubbles: true}}))"
+        browser.js(f"(o => {{ {set_it} }})(document.querySelector('#{id}'))")
     assert browser.js(count)=='6 of 6 photos' and not browser.js("document.querySelector('#none').offsetHeight")
     choose('predicted', 1)
     assert browser.js(shown)==['photo-2', 'photo-5'] and browser.js(count)=='2 of 6 photos'
@@ -487,7 +518,8 @@ def test_filter(browser, page):
     browser.click('#none')
     assert len(browser.js(shown))==6
     browser.click('a.cell[data-truth="1"][data-predicted="0"]')
-    assert browser.js(shown)==['photo-6'] and browser.js(focus)=='photo-6' and browser.js("document.querySelector('#truth').value")=='1'
+    assert browser.js(shown)==['photo-6'] and browser.js(focus)=='photo-6'
+    assert browser.js("document.querySelector('#truth').value")=='1'
     browser.settle()
     assert any(browser.js(f"[...{canvas(6, 2)}.getContext('2d').getImageData(0, 0, 64, 64).data]")) # drawn when it is shown
     browser.click('#none')
@@ -524,7 +556,8 @@ def test_width(browser, page, width):
     assert browser.js('document.documentElement.scrollWidth')==width
     boxes = "o => (b => [b.left, b.top, b.right, b.bottom])(o.getBoundingClientRect())"
     for card in browser.js(f"{cards}.map({boxes})"): assert 0<=card[0]<card[2]<=width
-    for a,b in browser.js(f"[...document.querySelectorAll('.panel div')].map(o => [...o.children].map({boxes}))"): assert np.allclose(a, b, atol=.6)
+    pairs = browser.js(f"[...document.querySelectorAll('.panel div')].map(o => [...o.children].map({boxes}))")
+    for a,b in pairs: assert np.allclose(a, b, atol=.6)
     for panels in browser.js(f"{cards}.map(o => [...o.querySelectorAll('.panel')].map({boxes}))"):
         for a,b in zip(panels, panels[1:]): assert a[2]<=b[0]
     tall = browser.js("document.querySelector('#tools').offsetHeight")
@@ -533,9 +566,21 @@ def test_width(browser, page, width):
 
 contrast = """(() => {
   const number = s => s.match(/[\\d.]+/g).map(Number)
-  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v/12.92 : ((v+.055)/1.055)**2.4); return .2126*r+.7152*g+.0722*b }
-  const colour = s => { const c = number(s); return s.startsWith('color(srgb') ? [...c.slice(0, 3).map(v => v*255), c[3] ?? 1] : [...c.slice(0, 3), c[3] ?? 1] }
-  const behind = o => { for (; o; o = o.parentElement) { const c = colour(getComputedStyle(o).backgroundColor); if (c[3] > 0) return c } return [255, 255, 255] }
+  const light = c => {
+    const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v/12.92 : ((v+.055)/1.055)**2.4)
+    return .2126*r+.7152*g+.0722*b
+  }
+  const colour = s => {
+    const c = number(s), scale = s.startsWith('color(srgb') ? 255 : 1
+    return [...c.slice(0, 3).map(v => v*scale), c[3] ?? 1]
+  }
+  const behind = o => {
+    for (; o; o = o.parentElement) {
+      const c = colour(getComputedStyle(o).backgroundColor)
+      if (c[3] > 0) return c
+    }
+    return [255, 255, 255]
+  }
   const res = []
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
   while (walk.nextNode()) {
@@ -560,9 +605,11 @@ def test_accessible(browser, page):
     "Pictures, controls and choices have names"
     browser.open(page).settle()
     nodes = browser('Accessibility.getFullAXTree')['nodes']
-    for role in ('image', 'slider', 'radio', 'comboBoxSelect', 'combobox', 'button', 'checkbox', 'region', 'link', 'heading', 'radiogroup', 'group'):
+    for role in ('image', 'slider', 'radio', 'comboBoxSelect', 'combobox', 'button', 'checkbox', 'region', 'link', 'heading',
+                 'radiogroup', 'group'):
         for o in nodes:
-            if not o.get('ignored') and o['role']['value']==role: assert o.get('name', {}).get('value') or role in ('group', 'radiogroup'), o
+            if o.get('ignored') or o['role']['value']!=role: continue
+            assert o.get('name', {}).get('value') or role in ('group', 'radiogroup'), o
     assert {'slider', 'radio', 'combobox'} <= {o['role']['value'] for o in nodes if not o.get('ignored')}
     assert browser.js("document.documentElement.lang")=='en'
 
@@ -574,14 +621,17 @@ def test_print(browser, page, tmp_path):
     browser.pdf(tmp_path/'r.pdf')
     assert browser.js(drawn)==6 and (tmp_path/'r.pdf').stat().st_size>10000
     browser('Emulation.setEmulatedMedia', media='print')
-    try: assert browser.js("getComputedStyle(document.querySelector('#tools')).display")=='none' and browser.js("getComputedStyle(document.body).backgroundColor")=='rgb(255, 255, 255)'
+    try:
+        assert browser.js("getComputedStyle(document.querySelector('#tools')).display")=='none'
+        assert browser.js("getComputedStyle(document.body).backgroundColor")=='rgb(255, 255, 255)'
     finally: browser('Emulation.setEmulatedMedia', media='')
 
 
 def test_without_script(browser, page):
     "Photos and answers are there, and what does nothing is not; numbers of the matrix lead to a photo"
     browser.open(page, script=False)
-    text = browser('DOM.getDocument', depth=-1) and browser('Runtime.evaluate', expression='document.body.innerText', returnByValue=True)['result']['value']
+    browser('DOM.getDocument', depth=-1)
+    text = browser('Runtime.evaluate', expression='document.body.innerText', returnByValue=True)['result']['value']
     assert 'drawn by a script' in text and names[0] in text and 'opacity' not in text
     assert Page(page).all('a', class_='cell', data_truth='2', data_predicted='1')[0]['href']=='#photo-2'
 

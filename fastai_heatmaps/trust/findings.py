@@ -153,7 +153,11 @@ def choose_images(
     return images.part(rows),(cls[rows] if is_per_image(cls) and len(cls)==len(images) else cls)
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000031
-def unwatched(model, *xb): # As `watch` of `run_passes`, for passes in which nothing but the output counts
+def unwatched(
+    model, # As `run_passes` calls its `watch`
+    *xb # Inputs
+): # A context without hooks
+    "Watch nothing, in passes of which only the output counts"
     return nullcontext([])
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000033
