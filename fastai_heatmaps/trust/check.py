@@ -164,7 +164,7 @@ def trust(
     answers:dict # Name in `rules` -> True, False or None, of what could be asked
 ) -> bool: # True, False or None
     "Say whether a map can be trusted, if these are the answers"
-    asked = 'sanity' in answers and bool({'focus', 'faithfulness'} & answers.keys())
+    asked = {'model', 'sanity'}<=answers.keys() and bool({'focus', 'faithfulness'} & answers.keys())
     return _all(*answers.values(), True if asked else None)
 
 # %% ../../nbs/57_trust.check.ipynb #ck000024
@@ -285,7 +285,8 @@ def says_trust(
     if answer is False: return answer,f'{who} cannot be trusted here: {_list(why)}.'
     open = f'Whether {who} can be trusted cannot be told'
     if n<few: return answer,f"{open}: {n} photo{'s decide' if n>1 else ' decides'} nothing, pass at least {few}."
-    if not why: return answer,f'{open}: nothing speaks against it, but too little could be measured.'
+    unknown = 'nobody knows whether the model is right' if {'model', 'sanity'}-found.keys()=={'model'} else 'too little could be measured'
+    if not why: return answer,f'{open}: nothing speaks against it, but {unknown}.'
     return answer,f'{open}: {_list(why)}. More photos would help.'
 
 # %% ../../nbs/57_trust.check.ipynb #ck000034
@@ -432,7 +433,7 @@ def _draw_dots(axs, names, found): # a panel for each measure, a row for each me
             ax.errorbar(v.mean, y, xerr=0 if np.isnan(v.error) else 2*v.error, fmt='o', color=f'C{y}', capsize=3, ms=5)
             for marker,o in beside.items(): ax.plot(o.mean, y, marker, color='grey', ms=6)
         if line: ax.axvline(line, color='grey', ls=':', lw=1)
-        low = -.3 if kind in ('sanity', 'stability') else -.03
+        low = min(-.3 if kind in ('sanity', 'stability') else -.03, ax.dataLim.x0-.03)
         ax.set(xlim=(low,1.03), ylim=(len(found)-.5,-.5), xticks=[0,.5,1])
         ax.set_yticks(range_of(found), names if kind==first(dots[0]) else ['']*len(found))
         ax.set_title(f'{kind}: {word}', fontsize=10)

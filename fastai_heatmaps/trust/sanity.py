@@ -295,6 +295,7 @@ def _curves(ax, curves): # method -> a stage, or 'another photo' -> (mean, error
         ax.plot(range(k), mean[:k], **look)
         if other_photo in values: ax.axhline(values[other_photo][0], ls=':', lw=1, **look)
     ax.set_xticks(range_of(stages), stages)
+    ax.set_xlim(-.2, len(stages)-.8) # also a stage whose maps are all flat
     if any(other_photo in v for v in curves.values()): ax.plot([], [], color='grey', ls=':', lw=1, label=other_photo)
     ax.legend(fontsize=9, loc='upper left', bbox_to_anchor=(1,1))
 
