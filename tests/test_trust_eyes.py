@@ -31,3 +31,44 @@ def test_a_stage_whose_maps_are_all_flat_has_its_place():
     curves = {'x': {'head': (np.nan, np.nan), 'all': (.2, .1)}}
     *_,ax = draw_sanity(torch.zeros(3, 8, 8), {'x': dict.fromkeys(['as it is', 'head', 'all'], torch.rand(4, 4))}, curves, 'rank correlation')
     assert ax.get_xlim()[0]<0 and [o.get_text() for o in ax.get_xticklabels()]==['head', 'all']
+
+
+def nan_map(acts, grads): return acts.mean(1)*np.nan
+
+def test_maps_that_are_not_finite():
+    "Of a model or a method that gives NaN: said in whole sentences, and drawn"
+    learn = patch_learner(8)
+    sanity,stability,focus = learn.sanity_check(method=nan_map, efficient=True),learn.heatmap_stability(method=nan_map),learn.heatmap_focus(method=nan_map, n=4)
+    hm = learn.get_heatmaps(method=nan_map)
+    inside = hm.inside(lambda i: np.pad(np.ones((8,8), np.uint8), 28))
+    assert sanity.words.startswith('Nothing can be said of `nan_map`') and stability.words.startswith('nan_map: nothing can be said, since its maps are empty.')
+    assert inside.words=='No map has any evidence.' and not focus.words.startswith('nothing')
+    for f in (sanity, stability, focus, inside):
+        assert 'nan%' not in f.words and ' of ,' not in f.words
+        f.plot()
+
+
+def test_one_line_errors():
+    learn = patch_learner(8)
+    for f in (learn.sanity_check, learn.heatmap_stability):
+        with pytest.raises(ValueError, match='the list of methods is empty'): f(method=[])
+    with pytest.raises(ValueError, match='epochs is 0; expected at least 1'): learn.sanity_check(labels=True, epochs=0)
+
+
+def test_what_shuffled_labels_do_to_the_maps_is_said():
+    f = patch_learner(8, bs=2).sanity_check(labels=True, epochs=1, stages=1)
+    r = f.each['gradcam, shuffled labels'].nanmean().item()
+    assert f"; rank correlation with the maps of that model: {f'{r:.2f}'.replace('0.', '.', 1)} ± " in f.words and f.words.count('(`gradcam`).')==1
+
+
+def test_long_names_and_wide_photos():
+    "The titles take room of their own: the pictures stay as large"
+    def wide(i): return PILImage.create(np.array(patch_picture(i))[:32])
+    name = 'a class with an extremely long name that goes on and on'
+    dls = DataBlock((ImageBlock, CategoryBlock), get_x=wide, get_y=lambda i: name+str(i%2), splitter=IndexSplitter(range(8))).dataloaders(list(range(12)), bs=4, num_workers=0, device='cpu')
+    learn = Learner(dls, patch_net(), loss_func=CrossEntropyLossFlat())
+    for f,axes in ((learn.heatmap_stability(), lambda axs: axs[0]), (learn.check_heatmaps(), lambda axs: axs[0,:2])):
+        axs = f.plot()
+        fig = axs[0,0].figure
+        fig.canvas.draw()
+        for ax in axes(axs): assert ax.get_window_extent().width/fig.dpi>1.2

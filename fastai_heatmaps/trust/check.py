@@ -450,7 +450,8 @@ def draw_trust(
 ): # An array of Axes
     "Draw a row of pictures for each method, and below them what was measured"
     h,w = rows[0][0][0][1].shape[1:]
-    high = min(max(2.2*h/w, 1.5), 3)+.5
+    lines = max(sum(1+len(o)//20 for o in p[0]) for pictures,*_ in rows for p in pictures if p) # about that many in a title
+    high = min(max(2.2*h/w, 1.5), 3)+.17*max(lines, 2)+.16
     dots = .25*len(names)+.8
     fig = plt.figure(figsize=figsize or (11.5, high*len(names)+dots+.3), layout='constrained')
     axs = fig.subplots(len(names)+1, 5, height_ratios=[high]*len(names)+[dots])

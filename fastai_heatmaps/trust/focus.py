@@ -264,7 +264,7 @@ def _verdict(each, acts, photos): # sentences about the shares (m,) of methods
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000030
 def _shares(each, acts, photos): # a sentence
-    def mean(v): return ' ± '.join(_said(o) for o in mosaic_mean(v, photos) if not np.isnan(o)) or 'nothing'
+    def mean(v): return ' ± '.join(_said(o) for o in mosaic_mean(v, photos) if not np.isnan(o)) or '?'
     shares,falls = [f'{mean(v)} by {k}' for k,v in each.items()],'of the evidence for a class falls on its own photos'
     begin = f'This share {falls}: {_listed(shares)}' if len(shares)>1 else shares[0].replace(' by', f' {falls} by')
     return f"{begin} (uniform: .50; activations, which know no class: {mean(acts)})."

@@ -193,12 +193,13 @@ def measure_sanity(
 def complexity(
     maps, # Maps of n images: (n, k, h, w), or a list of n tensors (k, h, w)
     bins:int=100 # Of the histogram, from the least to the largest value of each map
-) -> Tensor: # (n, k), 0 for a flat map, up to the logarithm of `bins`
+) -> Tensor: # (n, k), 0 for a flat map, up to the logarithm of `bins`; NaN for one that is not finite
     "Measure the entropy of each map's histogram, in nats"
     def one(m):
         size = [max(s, 224) for s in m.shape[1:]]
-        p = torch.stack([o.histc(bins) for o in F.interpolate(m.float()[None], size, mode='bilinear')[0]])
-        return torch.special.entr(p/p.sum(1, keepdim=True)).sum(1)
+        finite = m.isfinite().all(-1).all(-1)
+        p = torch.stack([o.histc(bins) for o in F.interpolate(m.float().nan_to_num()[None], size, mode='bilinear')[0]])
+        return torch.where(finite, torch.special.entr(p/p.sum(1, keepdim=True)).sum(1), torch.nan)
     return torch.stack([one(m) for m in maps])
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000027
@@ -388,8 +389,10 @@ def sanity_check(self:Learner,
 ) -> Findings: # Its table has a row for each method and stage; `each`, 'method, stage' -> rank correlations (n, k)
     "Ask whether heatmaps depend on what was learned, by a model of random weights (Adebayo et al. 2018, arXiv 1810.03292)"
     if n<1 or stages<1: raise ValueError(f"n is {n} and stages is {stages}; expected at least 1 of each")
+    if labels and epochs<1: raise ValueError(f"epochs is {epochs}; expected at least 1")
     if efficient and labels: raise ValueError("efficient=True asks one random model and labels=True trains another: choose one")
     methods = {f.name:f for f in [get_method(m, **options) for m in listify(method)]}
+    if not methods: raise ValueError("the list of methods is empty: name at least one")
     if len(methods)<len(listify(method)): raise ValueError(f"two of {', '.join(methods)} are called alike: give each a name")
     if labels: _shuffled_dl(self.dls, seed) # before anything is run: are there any?
     run = shadow(self)
@@ -409,7 +412,9 @@ def sanity_check(self:Learner,
         with copied_model(run):
             start,end = _train_shuffled(self, run, images, epochs, seed, score)
             use(shuffled, _again(run, images, fs, before, **ask), before)
-        said += f" On shuffled labels, the loss went from {start:.2f} to {end:.2f} in {epochs} epochs."
+        said += f" On shuffled labels, the loss went from {start:.2f} to {end:.2f} in {epochs} epochs"
+        alike = ', '.join(f'{_number(of[shuffled], True)} (`{m}`)' for m,of in ranks.items())
+        said += f'; rank correlation with the maps of that model: {alike}.'
     gc.collect() # Learners and their callbacks know each other, so that copies would wait to be collected
     draw = partial(draw_sanity, images.image(0), pictures)
     return _rise_findings(entropies, draw, said) if efficient else _stage_findings(ranks, ssims, draw, said)

@@ -88,6 +88,7 @@ def short(
 def _said(x): return ' ± '.join(short(o) for o in mean_error(x) if not np.isnan(o)) # a mean ± its standard error
 
 def _words(name, res): # what was found of one method
+    if res['noise'].isnan().all() and res['gini'].isnan().all(): return f'{name}: nothing can be said, since its maps are empty.'
     words = (f"{name}: with noise, maps keep their order with a rank correlation of {_said(res['noise'])}, "
              f"and in the mirror with {_said(res['flip'])}")
     if res['others'].isfinite().any():
@@ -106,7 +107,8 @@ def _left_out(moved, noise): # which noisy copies do not count; `moved` is (n, c
 # %% ../../nbs/55_trust.stability.ipynb #sy000016
 def _draw_stability(img, hms, names, figsize=None): # of one image; `hms` as from `measure_stability`
     h,w = img.shape[-2:]
-    fig,axs = new_panels(len(hms), 4, 2, 2*h/w+.5, figsize)
+    lines = max(sum(1+len(o)//20 for o in clean.title(0)[0]) for clean,*_ in hms) # about that many in the title of a panel
+    fig,axs = new_panels(len(hms), 4, 2, 2*h/w+.17*max(lines, 2)+.2, figsize)
     for row,name,(clean,*moved) in zip(axs, names, hms):
         for ax in row: ax.axis('off')
         show_image(img, ctx=row[0], cmap='gray')
@@ -173,5 +175,6 @@ def heatmap_stability(self:Learner,
     rows = some_rows(images, n, seed)
     if is_per_image(cls): cls = cls[rows]
     fs = [get_method(m, **options) for m in listify(method)]
+    if not fs: raise ValueError("the list of methods is empty: name at least one")
     res = measure_stability(run, images.part(rows), fs, layer, cls, noise, copies, seed, bs)
     return _found(res, method_names(fs), noise)
