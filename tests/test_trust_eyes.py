@@ -72,3 +72,11 @@ def test_long_names_and_wide_photos():
         fig = axs[0,0].figure
         fig.canvas.draw()
         for ax in axes(axs): assert ax.get_window_extent().width/fig.dpi>1.2
+
+
+def test_stability_runs_as_many_photos_at_once_as_asked():
+    learn,sizes = patch_learner(8),[]
+    hook = learn.model[0][0].register_forward_pre_hook(lambda m, i: sizes.append(len(i[0])))
+    learn.heatmap_stability(bs=2)
+    hook.remove()
+    assert max(sizes)==2

@@ -164,14 +164,14 @@ def heatmap_stability(self:Learner,
     noise:float=.02, # Standard deviation of the noise, as a part of each image's range of values
     copies:int=2, # How many copies of each image with noise; each costs a pass
     seed:int=0, # Of the choice and the noise: the same seed gives the same findings
-    bs:int=None, # How many changed images are run at once, for the methods that change them
+    bs:int=None, # Batch size, also of changed images; None = that of the DataLoaders
     **options # Of the methods, such as `n` for 'rise'
 ) -> Findings: # Rank correlations with the map itself, from -1 to 1, and the Gini index, with their standard errors
     "Measure how far maps move under noise that does not change the answer and under a flip, and how concentrated they are"
     if noise<=0: raise ValueError(f"noise is {noise}; expected a positive number, such as .02")
     if copies<1: raise ValueError(f"copies is {copies}; expected at least 1")
     run = shadow(self)
-    images = to_images(run.dls, items, vocab=output_names(self))
+    images = to_images(run.dls, items, bs=bs, vocab=output_names(self))
     rows = some_rows(images, n, seed)
     if is_per_image(cls): cls = cls[rows]
     fs = [get_method(m, **options) for m in listify(method)]
