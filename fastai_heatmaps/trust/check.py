@@ -164,7 +164,7 @@ def trust(
     answers:dict # Name in `rules` -> True, False or None, of what could be asked
 ) -> bool: # True, False or None
     "Say whether a map can be trusted, if these are the answers"
-    asked = 'sanity' in answers and bool({'focus', 'faithfulness'} & answers.keys())
+    asked = {'model', 'sanity'}<=answers.keys() and bool({'focus', 'faithfulness'} & answers.keys())
     return _all(*answers.values(), True if asked else None)
 
 # %% ../../nbs/57_trust.check.ipynb #ck000024
@@ -287,7 +287,9 @@ def says_trust(
     if answer is False: return answer,f'{who} cannot be trusted here: {_clauses(why)}.'
     open = f'Whether {who} can be trusted cannot be told'
     if n<few: return answer,f"{open}: {n_photos(n)} decide{'s'*(n==1)} nothing, pass at least {few}."
-    if not why: return answer,f'{open}: nothing speaks against it, but too little could be measured.'
+    no_truth = {'model', 'sanity'}-found.keys()=={'model'}
+    unknown = 'nobody knows whether the model is right' if no_truth else 'too little could be measured'
+    if not why: return answer,f'{open}: nothing speaks against it, but {unknown}.'
     return answer,f'{open}: {_clauses(why)}. More photos would help.'
 
 # %% ../../nbs/57_trust.check.ipynb #ck000034
@@ -434,7 +436,7 @@ def _draw_dots(axs, names, found): # a panel for each measure, a row for each me
             ax.errorbar(v.mean, y, xerr=0 if np.isnan(v.error) else 2*v.error, fmt='o', color=f'C{y}', capsize=3, ms=5)
             for marker,o in beside.items(): ax.plot(o.mean, y, marker, color='grey', ms=6)
         if line: ax.axvline(line, color='grey', ls=':', lw=1)
-        low = -.3 if kind in ('sanity', 'stability') else -.03
+        low = min(-.3 if kind in ('sanity', 'stability') else -.03, ax.dataLim.x0-.03)
         ax.set(xlim=(low,1.03), ylim=(len(found)-.5,-.5), xticks=[0,.5,1])
         ax.set_yticks(range_of(found), names if kind==first(dots[0]) else ['']*len(found))
         ax.set_title(f'{kind}: {word}', fontsize=10)
@@ -451,7 +453,8 @@ def draw_trust(
 ): # An array of Axes
     "Draw a row of pictures for each method, and below them what was measured"
     h,w = rows[0][0][0][1].shape[1:]
-    high = min(max(2.2*h/w, 1.5), 3)+.5
+    lines = max(sum(1+len(o)//20 for o in p[0]) for pictures,*_ in rows for p in pictures if p) # about that many in a title
+    high = min(max(2.2*h/w, 1.5), 3)+.17*max(lines, 2)+.16
     dots = .25*len(names)+.8
     fig = plt.figure(figsize=figsize or (11.5, high*len(names)+dots+.3), layout='constrained')
     axs = fig.subplots(len(names)+1, 5, height_ratios=[high]*len(names)+[dots])

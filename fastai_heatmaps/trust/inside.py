@@ -257,7 +257,7 @@ def _words(each, best, thresh, classes): # what was found, a few sentences for e
         n,of_n = int((~v['energy'].isnan()).sum()),len(v['energy'])
         who = f'{c}: ' if len(classes)>1 else ''
         if not n:
-            res.append(f'{who}no map has any evidence.')
+            res.append(f"{who}{'no' if who else 'No'} map has any evidence.")
             continue
         v = {k:torch.where(v['energy'].isnan(), torch.nan, o) for k,o in v.items()}
         m = {k:short(mean_error(o)[0]) for k,o in v.items()}
@@ -287,7 +287,7 @@ def _outline(ax, mask): # of a mask (H, W) on the picture on `ax`, edge on edge
 # %% ../../nbs/54_trust.inside.ipynb #in000037
 def _draw(hm, mask_of, on, each, n=4, figsize=None, **looks): # `looks`: for `Heatmaps.draw`
     energy = each['energy'].nanmean(1)
-    there = energy.argsort()[:int((~energy.isnan()).sum())].tolist() # NaN is last
+    there = energy.argsort()[:int((~energy.isnan()).sum())].tolist() or list(range_of(hm)) # NaN is last
     rows = [there[round(o)] for o in np.linspace(0, len(there)-1, min(n, len(there)))]
     k = hm.cls.shape[1]
     views = [hm.view(i, on, limit=1024) for i in rows]

@@ -16,7 +16,7 @@ from ..data.draw import show_overlay
 from ..learner.run import shadow, shows_bars, run_passes
 from ..learner.core import explain_by
 from .findings import Findings, rank_correlation, ssim, of_others, mean_error, mean_columns
-from .findings import named_methods, choose_images, unwatched, short, with_error, listed, n_photos
+from .findings import named_methods, choose_images, unwatched, short, with_error, listed, by_method, n_photos
 from fastprogress.fastprogress import progress_bar
 from contextlib import nullcontext
 from copy import copy, deepcopy
@@ -185,12 +185,13 @@ def measure_sanity(
 def complexity(
     maps, # Maps of n images: (n, k, h, w), or a list of n tensors (k, h, w)
     bins:int=100 # Of the histogram, from the least to the largest value of each map
-) -> Tensor: # (n, k), 0 for a flat map, up to the logarithm of `bins`
+) -> Tensor: # (n, k), 0 for a flat map, up to the logarithm of `bins`; NaN for one that is not finite
     "Measure the entropy of each map's histogram, in nats"
     def one(m):
         size = [max(s, 224) for s in m.shape[1:]]
-        p = torch.stack([o.histc(bins) for o in F.interpolate(m.float()[None], size, mode='bilinear')[0]])
-        return torch.special.entr(p/p.sum(1, keepdim=True)).sum(1)
+        finite = m.isfinite().all(-1).all(-1)
+        p = torch.stack([o.histc(bins) for o in F.interpolate(m.float().nan_to_num()[None], size, mode='bilinear')[0]])
+        return torch.where(finite, torch.special.entr(p/p.sum(1, keepdim=True)).sum(1), torch.nan)
     return torch.stack([one(m) for m in maps])
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000027
@@ -291,6 +292,7 @@ def _curves(ax, curves): # method -> a stage, or 'another photo' -> (mean, error
         ax.plot(range(k), mean[:k], **look)
         if other_photo in values: ax.axhline(values[other_photo][0], ls=':', lw=1, **look)
     ax.set_xticks(range_of(stages), stages)
+    ax.set_xlim(-.2, len(stages)-.8) # also a stage whose maps are all flat
     if any(other_photo in v for v in curves.values()): ax.plot([], [], color='grey', ls=':', lw=1, label=other_photo)
     ax.legend(fontsize=9, loc='upper left', bbox_to_anchor=(1,1))
 
@@ -381,6 +383,7 @@ def sanity_check(self:Learner,
 ) -> Findings: # A row for each method and stage; `each` has 'method stage', rank correlations (n, k)
     "Ask whether heatmaps depend on what was learned, by a model of random weights (Adebayo et al. 2018, arXiv 1810.03292)"
     if n<1 or stages<1: raise ValueError(f"n is {n} and stages is {stages}; expected at least 1 of each")
+    if labels and epochs<1: raise ValueError(f"epochs is {epochs}; expected at least 1")
     if efficient and labels: raise ValueError("efficient=True asks one random model and labels=True trains another: choose one")
     methods = named_methods(method, **options)
     if labels: _shuffled_dl(self.dls, seed) # before anything is run: are there any?
@@ -401,7 +404,9 @@ def sanity_check(self:Learner,
         with copied_model(run):
             start,end = _train_shuffled(self, run, images, epochs, seed, score)
             use(shuffled, _again(run, images, fs, before, **ask), before)
-        about += f" On shuffled labels, the loss went from {start:.2f} to {end:.2f} in {epochs} epochs."
+        alike = by_method({m:with_error(*mean_error(of[shuffled])) for m,of in ranks.items()})
+        about += (f" On shuffled labels, the loss went from {start:.2f} to {end:.2f} in {epochs} epochs; "
+                  f"the rank correlation with the maps of that model is {alike}.")
     gc.collect() # Learners and their callbacks know each other, so that copies would wait to be collected
     draw = partial(draw_sanity, images.image(0), pictures)
     return _rise_findings(entropies, draw, about) if efficient else _stage_findings(ranks, ssims, draw, about)

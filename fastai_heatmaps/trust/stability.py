@@ -78,6 +78,8 @@ def measure_stability(
 
 # %% ../../nbs/55_trust.stability.ipynb #sy000014
 def _words(found, noise, wanted): # `found`: method -> as from `measure_stability`
+    empty = [name for name,r in found.items() if r['noise'].isnan().all() and r['gini'].isnan().all()]
+    if len(empty)==len(found): return f"Nothing can be said of {listed(empty)}: the maps are empty."
     def means(k): return by_method({name:with_error(*mean_error(r[k])) for name,r in found.items()})
     res = [f"Under noise, maps keep a rank correlation of {means('noise')}. In the mirror, they keep {means('flip')}."]
     if any(r['others'].isfinite().any() for r in found.values()):
@@ -95,7 +97,8 @@ def _words(found, noise, wanted): # `found`: method -> as from `measure_stabilit
 # %% ../../nbs/55_trust.stability.ipynb #sy000016
 def _draw_stability(img, hms, names, figsize=None): # of one image; `hms` as from `measure_stability`
     h,w = img.shape[-2:]
-    fig,axs = new_panels(len(hms), 4, 2, 2*h/w+.5, figsize)
+    lines = max(sum(1+len(o)//20 for o in clean.title(0)[0]) for clean,*_ in hms) # about that many in the title of a panel
+    fig,axs = new_panels(len(hms), 4, 2, 2*h/w+.17*max(lines, 2)+.2, figsize)
     for row,name,(clean,*moved) in zip(axs, names, hms):
         for ax in row: ax.axis('off')
         show_image(img, ctx=row[0], cmap='gray')
