@@ -1041,6 +1041,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastai_heatmaps/trust/check.py'),
                                              'fastai_heatmaps.trust.check._of_mosaics': ( 'trust.check.html#_of_mosaics',
                                                                                           'fastai_heatmaps/trust/check.py'),
+                                             'fastai_heatmaps.trust.check._over_draws': ( 'trust.check.html#_over_draws',
+                                                                                          'fastai_heatmaps/trust/check.py'),
                                              'fastai_heatmaps.trust.check._pictures': ( 'trust.check.html#_pictures',
                                                                                         'fastai_heatmaps/trust/check.py'),
                                              'fastai_heatmaps.trust.check._row': ( 'trust.check.html#_row',
