@@ -161,7 +161,7 @@ def finercam(
     return torch.stack([gradcam(probe.acts, g) for g in probe.gradients(torch.stack(weights))], 1)
 
 # %% ../../nbs/11_methods.cam.ipynb #e3203551
-@heatmap_method('smooth_gradcam++', needs='layer', cost='1 + n forward (n = 8)')
+@heatmap_method('smooth_gradcam++', needs='layer', cost='1 + n forward (n = 8)', of_class='hardly')
 def smooth_gradcam_plus_plus(
     probe:Probe, # Of images (n, C, H, W)
     n:int=8, # How many noisy copies

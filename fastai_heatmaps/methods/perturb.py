@@ -36,7 +36,7 @@ def window_boxes(
     return [(rows,cols) for rows in along(H, h, sh) for cols in along(W, w, sw)]
 
 # %% ../../nbs/13_methods.perturb.ipynb #6fe44a27
-@heatmap_method('occlusion', needs='model', cost='1 forward a window (about 13×13)')
+@heatmap_method('occlusion', needs='model', cost='1 forward a window (about 13×13)', of_class='yes')
 def occlusion(
     probe:Probe, # Of images (n, C, H, W)
     window=None, # Size of the window in pixels: a number, or (height, width); None = a seventh of the shorter side
@@ -75,7 +75,7 @@ def rise_masks(
         yield F.interpolate(grid, ((cells+1)*h, (cells+1)*w), mode='bilinear')[0,0,t:t+H,l:l+W]
 
 # %% ../../nbs/13_methods.perturb.ipynb #456b1b68
-@heatmap_method('rise', needs='model', cost='n forward (n = 1000)')
+@heatmap_method('rise', needs='model', cost='n forward (n = 1000)', of_class='yes')
 def rise(
     probe:Probe, # Of images (n, C, H, W)
     n:int=1000, # How many masks; the paper takes 4000 to 8000

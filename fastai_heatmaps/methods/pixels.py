@@ -117,7 +117,7 @@ def guided_gradcam(
     return F.interpolate(cams, probe.x.shape[2:], mode='bilinear') * grads.abs().amax(2).transpose(0, 1)
 
 # %% ../../nbs/12_methods.pixels.ipynb #a493b9b2
-@heatmap_method('smoothgrad', needs='model', cost='n forward and backward (n = 32)', pixels=True)
+@heatmap_method('smoothgrad', needs='model', cost='n forward and backward (n = 32)', pixels=True, of_class='yes')
 def smoothgrad(
     probe:Probe, # Of images (n, C, H, W)
     n:int=32, # How many noisy copies
@@ -249,7 +249,7 @@ def integral(
     return torch.cat(maps),y[0],max(taken)
 
 # %% ../../nbs/12_methods.pixels.ipynb #53e7c70f
-@heatmap_method('integrated_gradients', needs='model', cost='50 to 400 forward and backward', pixels=True)
+@heatmap_method('integrated_gradients', needs='model', cost='50 to 400 forward and backward', pixels=True, of_class='yes')
 def integrated_gradients(
     probe:Probe, # Of images (n, C, H, W)
     baseline=0., # Where the way begins, as `fill` in `filled`; 0 is the mean colour of the data if they are normalised
