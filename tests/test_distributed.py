@@ -19,7 +19,7 @@ def cases(learn, pics):
                 pytorch=dict(dl=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.linspace(0, 1, 5*3*64*64).sin().view(5, 3, 64, 64), tensor([0,1,1,0,1])), 2)))
 
 
-def outcome(hm): return dict(vars(hm), images=None, idxs=hm.idxs, items=[str(o) for o in hm.items], image=hm.image(len(hm)-1))
+def outcome(hm): return dict(vars(hm), images=None, asked=None, idxs=hm.idxs, items=[str(o) for o in hm.items], image=hm.image(len(hm)-1))
 
 
 def together(pics, *names):

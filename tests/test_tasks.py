@@ -67,12 +67,12 @@ def text(ax): return ' '.join(ax.get_title().split())
 
 
 def drawn(hm, i=0):
-    "The titles of the picture of image `i`; it and the grid are really drawn"
+    "The titles of the picture of image `i`, but for how much stronger a map is shown; it and the grid are really drawn"
     axs = np.atleast_1d(hm.show(i))
     axs[0].figure.canvas.draw()
     for ax in axs: assert len(ax.images)==2 and np.isfinite(ax.images[1].get_array()).all()
     hm[:2].plot().flat[0].figure.canvas.draw()
-    return [text(ax) for ax in axs]
+    return [re.sub(r' \(shown [\d.]+× stronger\)', '', text(ax)) for ax in axs]
 
 
 def one_line(f, *words):

@@ -180,7 +180,7 @@ def _explained(name, o, items, cls, *args, **kwargs): # its `Heatmaps` without t
         if isinstance(cls, Heatmaps): cls = _same_classes(learn, cls)
         hm = learn.get_heatmaps(items, cls, *args, **kwargs)
     except ValueError as e: raise ValueError(f'{name!r}: {e}') from e
-    return hm.replace(images=None, learn=None),[hm.image(i) for i in range_of(hm)]
+    return hm.replace(images=None),[hm.image(i) for i in range_of(hm)]
 
 # %% ../../nbs/41_views.compare.ipynb #cm000018
 def _explain_each(learners, items, cls, *args, follow=False, **kwargs): # the same of all models, one after the other
