@@ -24,6 +24,7 @@ def outcome(hm): return dict(vars(hm), images=None, asked=None, idxs=hm.idxs, it
 
 def together(pics, *names):
     "The `cases` of these names, or all: what came of each, how many images this process ran, and how many progress bars it drew"
+    os.environ['PYCHARM_HOSTED'] = '1' # a console where a person looks, so that bars are shown
     learn,res,bars = pic_learner(pics),{},[]
     show = progress.progress_bar
     progress.progress_bar = lambda *args, **kwargs: bars.append(1) or show(*args, **kwargs)
