@@ -1183,6 +1183,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastai_heatmaps/trust/findings.py'),
                                                 'fastai_heatmaps.trust.findings.ssim': ( 'trust.findings.html#ssim',
                                                                                          'fastai_heatmaps/trust/findings.py'),
+                                                'fastai_heatmaps.trust.findings.style_for': ( 'trust.findings.html#style_for',
+                                                                                              'fastai_heatmaps/trust/findings.py'),
                                                 'fastai_heatmaps.trust.findings.unwatched': ( 'trust.findings.html#unwatched',
                                                                                               'fastai_heatmaps/trust/findings.py'),
                                                 'fastai_heatmaps.trust.findings.with_error': ( 'trust.findings.html#with_error',

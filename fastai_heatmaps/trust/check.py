@@ -16,7 +16,7 @@ from ..core.passes import check_bs
 from ..data.draw import color_scale, show_overlay, wrap_title
 from ..learner.run import shadow, shows_bars
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
-from .findings import rank_correlation, mean_error, Findings, named_methods, choose_images, some_rows
+from .findings import rank_correlation, style_for, mean_error, Findings, named_methods, choose_images, some_rows
 from .findings import short, with_error, listed, n_photos
 from .sanity import each_stage
 from .focus import measure_focus, mosaic_mean, mosaic_pictures, frame_own
@@ -408,7 +408,7 @@ def _draw_row(axs, pictures, own, curve, color): # of one method
         else:
             lines,img,m,title_color = o
             if m is None: show_image(img, ctx=ax, cmap='gray')
-            else: show_overlay(img, m, ax, **color_scale([m]))
+            else: show_overlay(img, m, ax, style=style_for(m), **color_scale([m]))
             wrap_title(ax, lines, title_color)
     if own is not None: frame_own(axs[3], own, pictures[3][1].shape[1:])
     ax = axs[4]

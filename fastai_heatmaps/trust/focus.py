@@ -17,7 +17,7 @@ from ..data.images import Images, to_images
 from ..data.draw import show_overlay, wrap_title
 from ..learner.run import shadow, output_names, run_passes
 from ..learner.core import explain_each
-from .findings import Findings, named_methods, some_rows, unwatched, short, with_error, listed, by_method
+from .findings import Findings, style_for, named_methods, some_rows, unwatched, short, with_error, listed, by_method
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000006
 class Mosaics:
@@ -332,7 +332,7 @@ def _draw(table, pictures, own, names, maps, shares, figsize=None): # `maps` and
         for j,im in enumerate(pictures):
             ax = fig.add_subplot(grid[r,j])
             img = im/255
-            if r: show_overlay(img, maps[r-1][j], ctx=ax)
+            if r: show_overlay(img, maps[r-1][j], ctx=ax, style=style_for(maps[r-1][j]))
             else: show_image(img, ctx=ax, cmap='gray')
             frame_own(ax, own[j], img.shape[1:])
             wrap_title(ax, [f'{table.index[r-1]}: {short(shares[r-1][j].item())}' if r else names[j]])

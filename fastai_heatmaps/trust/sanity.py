@@ -15,7 +15,7 @@ from ..data.images import own_dl
 from ..data.draw import show_overlay
 from ..learner.run import shadow, shows_bars, run_passes
 from ..learner.core import explain_by
-from .findings import Findings, rank_correlation, ssim, of_others, mean_error, mean_columns
+from .findings import Findings, rank_correlation, ssim, style_for, of_others, mean_error, mean_columns
 from .findings import named_methods, choose_images, unwatched, short, with_error, listed, by_method, n_photos
 from fastprogress.fastprogress import progress_bar
 from contextlib import nullcontext
@@ -271,7 +271,7 @@ def _picture_rows(fig, gs, img, pictures): # returns the Axes
     for r,(name,maps) in enumerate(pictures.items()):
         for c,(title,m) in enumerate(maps.items()):
             ax = fig.add_subplot(gs[r,c])
-            show_overlay(img, m, ax, style='pixels' if m.shape[-1]>=img.shape[-1]/2 else 'fade')
+            show_overlay(img, m, ax, style=style_for(m))
             if r==0: ax.set_title(title, fontsize=10, parse_math=False)
             if c==0:
                 look = dict(rotation=90, ha='right', va='center', multialignment='center', fontsize=10, parse_math=False)
