@@ -20,7 +20,7 @@ def test_photos_without_labels():
 def test_every_dot_is_in_its_panel():
     "Rank correlations go down to -1"
     found = {**sure, 'sanity': dict(head=m(-.6), all=m(.1)), 'stability': dict(noise=m(.9), others=m(-.5), more=m(.7))}
-    axs = draw_trust(['x'], [([(['x'], torch.zeros(3, 8, 8), None, 'black'), None, None, None], None, None)], [found])
+    axs = draw_trust(['x'], [([(['x'], torch.zeros(3, 8, 8), None, 'black'), None, None, None], None, None, 'fade')], [found])
     for ax in axs[-1]:
         lo,hi = ax.get_xlim()
         assert all(lo<=x<=hi for l in ax.lines for x in l.get_xdata())
@@ -29,7 +29,7 @@ def test_every_dot_is_in_its_panel():
 def test_a_stage_whose_maps_are_all_flat_has_its_place():
     from fastai_heatmaps.trust.sanity import draw_sanity
     curves = {'x': {'head': (np.nan, np.nan), 'all': (.2, .1)}}
-    *_,ax = draw_sanity(torch.zeros(3, 8, 8), {'x': dict.fromkeys(['as it is', 'head', 'all'], torch.rand(4, 4))}, curves, 'rank correlation')
+    *_,ax = draw_sanity(torch.zeros(3, 8, 8), {'x': dict.fromkeys(['as it is', 'head', 'all'], torch.rand(4, 4))}, {'x': 'fade'}, curves, 'rank correlation')
     assert ax.get_xlim()[0]<0 and [o.get_text() for o in ax.get_xticklabels()]==['head', 'all']
 
 

@@ -247,7 +247,8 @@ def default_layer(
     name = last(maps)
     if not sure:
         warn(f"it is not certain that the maps of this {model._get_name()} show what is where: "
-             f"a change in one place of the picture does not show most there. The default is '{name}'; if it looks wrong, name another layer, such as {_some(maps)}")
+             "a change in one place of the picture does not show most there. "
+             f"The default is '{name}'; if it looks wrong, name another layer, such as {_some(maps)}")
     return model.get_submodule(name)
 
 # %% ../../nbs/02_core.layers.ipynb #9cf3e184

@@ -25,11 +25,11 @@ class Methods(dict):
 
     def __repr__(self):
         rows = [self.head, *self.rows()]
-        wide = [max(len(r[i]) for r in rows) for i in range(4)]
-        return '\n'.join('  '.join([*(o.ljust(w) for o,w in zip(r, wide)), r[4]]) for r in rows)
+        wide = [max(map(len, o)) for o in zip(*rows)]
+        return '\n'.join('  '.join(o.ljust(w) for o,w in zip(r, wide)).rstrip() for r in rows)
 
     def _repr_markdown_(self):
-        rows = [self.head, ('---',)*5, *[(f'`{n}`', *rest) for n,*rest in self.rows()]]
+        rows = [self.head, ('---',)*len(self.head), *[(f'`{n}`', *rest) for n,*rest in self.rows()]]
         return '\n'.join(f"| {' | '.join(r)} |" for r in rows)
 
 # %% ../../nbs/05_core.method.ipynb #9214b6be

@@ -16,8 +16,7 @@ from ..core.method import heatmap_methods
 from ..core.passes import all_was_against
 from .images import Images
 from .photo import on_photo
-from .draw import styles, color_scale, lay_map, show_overlay, wrap_title, show_scales, new_panels
-import io
+from .draw import styles, color_scale, lay_map, show_overlay, wrap_title, show_scales, new_panels, as_png
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
 class Heatmaps:
@@ -297,7 +296,4 @@ def plot(self:Heatmaps,
 @no_trace
 def _repr_png_(self:Heatmaps):
     if not len(self) or self.dl is None: return
-    fig,buf = self[:8].plot().flat[0].figure,io.BytesIO()
-    fig.savefig(buf, format='png', bbox_inches='tight')
-    plt.close(fig)
-    return buf.getvalue()
+    return as_png(self[:8].plot())

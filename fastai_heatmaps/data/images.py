@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ImageError', 'is_turned', 'open_image', 'NoteTurned', 'OpenImage', 'input_list', 'takes_several', 'image_class',
-           'OwnGenerator', 'own_dl', 'own_test_dl', 'image_dl', 'item_dl', 'ordered_dl', 'as_items', 'split_labels',
-           'items_of', 'item_names', 'Images', 'to_images']
+           'OwnGenerator', 'own_dl', 'own_test_dl', 'image_dl', 'item_dl', 'ordered_dl', 'as_items', 'some_places',
+           'split_labels', 'items_of', 'item_names', 'Images', 'to_images']
 
 # %% ../../nbs/20_data.images.ipynb #im000003
 from fastai.vision.all import *
@@ -248,6 +248,15 @@ def as_items(
 ) -> list:
     "Put a single image into a list"
     return list(o) if isinstance(o, (list, L)) else [o]
+
+# %% ../../nbs/20_data.images.ipynb #im000070
+def some_places(
+    total:int, # How many there are
+    n:int, # How many are wanted
+    seed:int=None # The same seed chooses the same; None = others each time, in spite of `set_seed`
+) -> list: # In random order, or all in their own
+    "Choose `n` places out of `total`, or all of them if there are no more"
+    return random.Random(seed).sample(range(total), n) if n<total else list(range(total))
 
 # %% ../../nbs/20_data.images.ipynb #996ea253
 def _is_class(y): # may `y` be the name or index of a class?

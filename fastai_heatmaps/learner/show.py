@@ -8,7 +8,7 @@ __all__ = ['split_kwargs']
 # %% ../../nbs/32_learner.show.ipynb #sh000003
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
-from ..data.images import Images, as_items
+from ..data.images import Images, as_items, some_places
 from ..data.heatmaps import Heatmaps
 from .run import shadow
 import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
@@ -96,10 +96,6 @@ def show_occlusion(self:Learner,
     "Show how much the score of `cls` drops where a part of `img` is hidden: occlusion (Zeiler and Fergus 2013, arXiv 1311.2901)"
     return self.show_heatmap(img, cls, 'occlusion', relu=relu, window=window, stride=stride, fill=fill, bs=bs, **kwargs)
 
-# %% ../../nbs/32_learner.show.ipynb #sh000006
-def _choose(total, n, seed): # `n` places out of `total`, or all of them if there are no more
-    return random.Random(seed).sample(range(total), n) if n<total else list(range(total))
-
 # %% ../../nbs/32_learner.show.ipynb #dcf6e6f6
 @patch
 @delegates(Heatmaps.plot, keep=True)
@@ -120,7 +116,7 @@ def plot_heatmap_grid(self:Learner,
     if n<1: raise ValueError(f"n is {n}; expected at least 1")
     if items is not None: items = as_items(items)
     total = len(self.dls.valid_ds if items is None else items)
-    idxs = _choose(total, n, seed)
+    idxs = some_places(total, n, seed)
     looks,options = split_kwargs(kwargs, Heatmaps.plot)
     options = dict(cls=cls, method=method, layer=layer, relu=relu, topk=topk, input=input, **options)
     if items is not None: return self.get_heatmaps([items[i] for i in idxs], **options).plot(**looks)

@@ -13,10 +13,10 @@ from ..core.layers import tensors_in, find_layers
 from ..core.tasks import tasks
 from ..core.method import get_method, heatmap_methods
 from ..core.passes import check_bs
-from ..data.draw import color_scale, show_overlay, wrap_title
+from ..data.draw import show_overlay, wrap_title
 from ..learner.run import shadow, shows_bars
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
-from .findings import rank_correlation, style_for, mean_error, Findings, named_methods, choose_images, some_rows
+from .findings import rank_correlation, mean_error, Findings, named_methods, choose_images, some_rows
 from .findings import short, with_error, listed, n_photos
 from .sanity import each_stage
 from .focus import measure_focus, mosaic_mean, mosaic_pictures, frame_own
@@ -219,7 +219,7 @@ def _ask_sanity(run, images, methods, layer, cls, seed, bs, draws=4): # for each
         if not stage: return
         if not after: after.extend(hms)
         for o,a,b in zip(ranks, before, hms): o.setdefault(stage, []).append(_kept(a.maps, b.maps))
-    for d in range(draws): each_stage(run, images, methods, use, layer, cls, 2, seed+d, bs=bs)
+    each_stage(run, images, methods, use, layer, cls, 2, seed, draws, bs=bs)
     means = [{stage:_over_draws(v) for stage,v in o.items()} for o in ranks]
     head = 'head' if 'head' in ranks[0] else 'all' # a small model has no more
     return [dict(head=o[head], all=o['all']) for o in means],([torch.stack(o[head]).nanmean(0) for o in ranks],after)
@@ -376,7 +376,7 @@ def _shown(seen): # the photo to draw, among those of sanity: one with maps, and
         return has_map + (hms[0].title(rows[i])[1]!='red')
     return max(range_of(rows), key=fits)
 
-def _pictures(name, j, seen): # of method `j`: title, picture, map and colour of each panel; the frame; the curve
+def _pictures(name, j, seen): # of method `j`: title, picture, map and colour of each panel; the frame; the curve; the style
     i,(hms,rows) = _shown(seen),seen['photos']
     hm,img = hms[j],hms[0].image(rows[i])
     lines,color = hm.title(rows[i])
@@ -395,20 +395,20 @@ def _pictures(name, j, seen): # of method `j`: title, picture, map and colour of
     own = seen['focus'][0].own[0] if 'focus' in seen else None
     curve = None
     if 'faithfulness' in seen: curve = {k:v.flatten(0, 1).nanmean(0) for k,v in seen['faithfulness'][j][1]['deletion'].items()}
-    return res,own,curve
+    return res,own,curve,hm.style
 
 # %% ../../nbs/57_trust.check.ipynb #ck000042
 def _absent(ax):
     ax.axis('off')
     ax.text(.5, .5, 'not measured', ha='center', va='center', color='grey', transform=ax.transAxes)
 
-def _draw_row(axs, pictures, own, curve, color): # of one method
+def _draw_row(axs, pictures, own, curve, style, color): # of one method
     for ax,o in zip(axs, pictures):
         if o is None: _absent(ax)
         else:
             lines,img,m,title_color = o
             if m is None: show_image(img, ctx=ax, cmap='gray')
-            else: show_overlay(img, m, ax, style=style_for(m), **color_scale([m]))
+            else: show_overlay(img, m, ax, style=style)
             wrap_title(ax, lines, title_color)
     if own is not None: frame_own(axs[3], own, pictures[3][1].shape[1:])
     ax = axs[4]

@@ -16,9 +16,9 @@ from ..methods.changed import changed_probs, filled, pictures
 from ..data.images import ordered_dl
 from ..data.draw import show_overlay, wrap_title
 from ..data.heatmaps import Heatmaps
-from ..learner.run import shadow, run_passes
+from ..learner.run import shadow, unwatched, run_passes
 from .findings import Findings, random_maps, centre_maps, mean_error, mean_columns, differs
-from .findings import unwatched, short, listed
+from .findings import short, listed
 from fastprogress.fastprogress import progress_bar
 from functools import lru_cache
 from scipy import sparse

@@ -15,9 +15,9 @@ from ..core.method import get_method, no_pictures
 from ..core.passes import check_bs
 from ..data.images import Images, to_images
 from ..data.draw import show_overlay, wrap_title
-from ..learner.run import shadow, output_names, run_passes
+from ..learner.run import shadow, output_names, unwatched, run_passes
 from ..learner.core import explain_each
-from .findings import Findings, style_for, named_methods, some_rows, unwatched, short, with_error, listed, by_method
+from .findings import Findings, named_methods, some_rows, short, with_error, listed, by_method
 
 # %% ../../nbs/52_trust.focus.ipynb #fo000006
 class Mosaics:
@@ -33,6 +33,7 @@ class Mosaics:
         self.halve = False # are mosaics halved to the size of a photo?
         self.known = None # (m,): does the model find one of the two classes in a mosaic?
         self.maps = None # for each method, a list of the maps (h, w) of the first few mosaics
+        self.styles = {} # the place of a method -> the style of its maps
 
     def __len__(self): return len(self.cls)
 
@@ -225,6 +226,7 @@ def measure_focus(
         done = sum(map(len, shares[i]))
         rows,maps = slice(done, done+len(hm)),hm.maps[:,0].clamp(min=0)
         shares[i].append(focus_of(maps, mosaics.own[rows]))
+        mosaics.styles[i] = hm.style
         small = [min(s, 112) for s in maps.shape[1:]]
         if done<keep: mosaics.maps[i] += list(F.adaptive_avg_pool2d(maps[:keep-done], small))
         if i: return
@@ -322,7 +324,7 @@ def _draw_means(ax, table):
     ax.grid(axis='x', alpha=.3)
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
 
-def _draw(table, pictures, own, names, maps, shares, figsize=None): # `maps` and `shares` are of the first methods
+def _draw(table, pictures, own, names, maps, styles, shares, figsize=None): # `maps` and `shares` are of the first methods
     k,rows = len(pictures),len(maps)+1
     high = max(rows*2.3, .35*len(table)+1)
     fig = plt.figure(figsize=figsize or (2.3*k+4.5, high), layout='constrained')
@@ -332,7 +334,7 @@ def _draw(table, pictures, own, names, maps, shares, figsize=None): # `maps` and
         for j,im in enumerate(pictures):
             ax = fig.add_subplot(grid[r,j])
             img = im/255
-            if r: show_overlay(img, maps[r-1][j], ctx=ax, style=style_for(maps[r-1][j]))
+            if r: show_overlay(img, maps[r-1][j], ctx=ax, style=styles[r-1])
             else: show_image(img, ctx=ax, cmap='gray')
             frame_own(ax, own[j], img.shape[1:])
             wrap_title(ax, [f'{table.index[r-1]}: {short(shares[r-1][j].item())}' if r else names[j]])
@@ -366,7 +368,7 @@ def heatmap_focus(self:Learner,
     names = [f"for '{vocab[c] if vocab else c}'" for c in mosaics.cls[:3].tolist()]
     shown = min(len(each), 4) # methods
     firsts = [v[:3] for v in each.values()][:shown]
-    draw = partial(_draw, table, mosaic_pictures(mosaics, 3), mosaics.own[:3], names, mosaics.maps[:shown], firsts)
+    draw = partial(_draw, table, mosaic_pictures(mosaics, 3), mosaics.own[:3], names, mosaics.maps[:shown], mosaics.styles, firsts)
     said = [_shares(each, acts, mosaics.photos), *_verdict(each, acts, mosaics.photos), *_basis(each, acts, mosaics, n)]
     values = {f'{k} focus':v for k,v in {**each, 'activations':acts}.items()}
     return Findings(table, ' '.join(said), {**values, 'photos':mosaics.photos}, draw)

@@ -12,11 +12,11 @@ from ..core.no_trace import no_trace, restoring
 from ..core.hooks import every_output
 from ..core.layers import as_map
 from ..data.images import own_dl
-from ..data.draw import show_overlay
-from ..learner.run import shadow, shows_bars, run_passes
+from ..data.draw import show_overlay, name_row
+from ..learner.run import shadow, shows_bars, unwatched, run_passes
 from ..learner.core import explain_by
-from .findings import Findings, rank_correlation, ssim, style_for, of_others, mean_error, mean_columns
-from .findings import named_methods, choose_images, unwatched, short, with_error, listed, by_method, n_photos
+from .findings import Findings, rank_correlation, ssim, of_others, mean_error, mean_columns
+from .findings import named_methods, choose_images, short, with_error, listed, by_method, n_photos
 from fastprogress.fastprogress import progress_bar
 from contextlib import nullcontext
 from copy import copy, deepcopy
@@ -140,23 +140,24 @@ def each_stage(
     cls=None, # As for `class_indices`; those of the model as it is stay
     stages:int=5, # As for `model_stages`
     seed:int=0, # Of the random weights
+    draws:int=1, # How often all stages are gone through, each time with other weights
     score=None, # As for `run_passes`
     **kwargs # For `explain_by`
 ) -> list: # The `Heatmaps` of each method, of the model as it is
     "Explain `images` by the model as it is, and by a copy of it that gets random weights from the head down"
-    gen = torch.Generator().manual_seed(seed)
     kwargs['score'] = score
     before = explain_by(run, images, methods, layer, cls=cls, **kwargs)
     use('', before, before)
-    plan,done = model_stages(run, images, stages, score),[]
-    bar = shows_bars(run)
-    with copied_model(run), run.no_bar():
-        for stage,names in progress_bar(list(plan.items()), leave=False) if bar else plan.items():
-            modules = [run.model.get_submodule(n) for n in names]
-            for m in modules: redraw(m, gen)
-            done += modules
-            measure_norms(run, images, done, score)
-            use(stage, _again(run, images, methods, before, **kwargs), before)
+    plan,bar = model_stages(run, images, stages, score),shows_bars(run)
+    for d in range(draws):
+        gen,done = torch.Generator().manual_seed(seed+d),[]
+        with copied_model(run), run.no_bar():
+            for stage,names in progress_bar(list(plan.items()), leave=False) if bar else plan.items():
+                modules = [run.model.get_submodule(n) for n in names]
+                for m in modules: redraw(m, gen)
+                done += modules
+                measure_norms(run, images, done, score)
+                use(stage, _again(run, images, methods, before, **kwargs), before)
     return before
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000022
@@ -266,16 +267,14 @@ def _flat_words(ranks): # on maps that cannot be compared; `ranks`: method -> as
     return f" Flat maps have no ranks and are left out: up to {count} of {ranks[m][s].numel()} ({m}, {s})."
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000033
-def _picture_rows(fig, gs, img, pictures): # returns the Axes
+def _picture_rows(fig, gs, img, pictures, styles): # returns the Axes
     axs = []
     for r,(name,maps) in enumerate(pictures.items()):
         for c,(title,m) in enumerate(maps.items()):
             ax = fig.add_subplot(gs[r,c])
-            show_overlay(img, m, ax, style=style_for(m))
+            show_overlay(img, m, ax, style=styles[name])
             if r==0: ax.set_title(title, fontsize=10, parse_math=False)
-            if c==0:
-                look = dict(rotation=90, ha='right', va='center', multialignment='center', fontsize=10, parse_math=False)
-                ax.annotate(name.replace('_', '_\n'), (0,.5), (-6,0), 'axes fraction', 'offset points', **look)
+            if c==0: name_row(ax, name)
             axs.append(ax)
     return axs
 
@@ -299,6 +298,7 @@ def _curves(ax, curves): # method -> a stage, or 'another photo' -> (mean, error
 def draw_sanity(
     img, # A picture (3 or 1, H, W) in 0 to 1
     pictures:dict, # Method -> a stage -> its map (h, w)
+    styles:dict, # Method -> the style of its maps
     curves:dict, # Method -> a stage, or 'another photo' -> (mean, error)
     label:str, # Of the vertical axis
     figsize=None # In inches
@@ -309,7 +309,7 @@ def draw_sanity(
     high = wide*img.shape[1]/img.shape[2]
     fig = plt.figure(figsize=figsize or (cols*wide+1.8, rows*(high+.1)+2.6), layout='constrained')
     gs = fig.add_gridspec(rows+1, cols, height_ratios=[*[high]*rows, 2.2])
-    axs = _picture_rows(fig, gs, img, pictures)
+    axs = _picture_rows(fig, gs, img, pictures, styles)
     ax = fig.add_subplot(gs[rows,:])
     _curves(ax, curves)
     ax.set_ylabel(label)
@@ -399,6 +399,7 @@ def sanity_check(self:Learner,
                 ranks[m][key],ssims[m][key] = rank_correlation(b.maps, maps),ssim(b.maps, maps)
     fs,ask = list(methods.values()),dict(relu=relu, bs=bs, score=score)
     before = each_stage(run, images, fs, use, layer, cls, 1 if efficient else stages, seed, **ask)
+    styles = {m:hm.style for m,hm in zip(methods, before)}
     about = f'Measured on {n_photos(len(images), n)}.'
     if labels:
         with copied_model(run):
@@ -408,5 +409,5 @@ def sanity_check(self:Learner,
         about += (f" On shuffled labels, the loss went from {start:.2f} to {end:.2f} in {epochs} epochs; "
                   f"the rank correlation with the maps of that model is {alike}.")
     gc.collect() # Learners and their callbacks know each other, so that copies would wait to be collected
-    draw = partial(draw_sanity, images.image(0), pictures)
+    draw = partial(draw_sanity, images.image(0), pictures, styles)
     return _rise_findings(entropies, draw, about) if efficient else _stage_findings(ranks, ssims, draw, about)

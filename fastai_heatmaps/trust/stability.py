@@ -15,7 +15,7 @@ from ..data.draw import color_scale, show_overlay, wrap_title, new_panels
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
-from .findings import rank_correlation, style_for, of_others, mean_error, mean_columns, differs, Findings
+from .findings import rank_correlation, of_others, mean_error, mean_columns, differs, Findings
 from .findings import named_methods, choose_images, short, with_error, listed, by_method, n_photos
 
 # %% ../../nbs/55_trust.stability.ipynb #sy000007
@@ -104,11 +104,11 @@ def _draw_stability(img, hms, names, figsize=None): # of one image; `hms` as fro
         show_image(img, ctx=row[0], cmap='gray')
         wrap_title(row[0], [name])
         scale = color_scale(clean.maps[0])
-        show_overlay(img, clean.maps[0][0], row[1], style=style_for(clean.maps[0][0]), **scale)
+        show_overlay(img, clean.maps[0][0], row[1], style=clean.style, **scale)
         wrap_title(row[1], clean.title(0)[0])
         for ax,what,hm in zip(row[2:], ('with noise', 'mirrored and back'), moved):
             m = hm.maps[0][0]
-            show_overlay(img, m, ax, style=style_for(m), **color_scale([m], scale['vmin']<0))
+            show_overlay(img, m, ax, style=clean.style, **color_scale([m], scale['vmin']<0))
             wrap_title(ax, [what, f'correlation {short(_alike(clean, hm)[0,0].item())}'])
     return axs
 

@@ -13,26 +13,19 @@ from ..core.tasks import tasks
 from ..core.method import get_method
 from ..core.passes import person_looks
 from ..data.images import to_images, as_items
-from ..data.draw import color_scale, lay_map, show_overlay, styled, wrap_title, show_scales, new_panels
+from ..data.draw import color_scale, lay_map, show_overlay, styled, wrap_title, name_row, show_scales, new_panels
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, output_names, layer_watch, run_passes
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
 from ..learner.show import split_kwargs
 from fastprogress.fastprogress import progress_bar
-import gc,textwrap
+import gc
 
 # %% ../../nbs/41_views.compare.ipynb #9d1d4497
 def _grid(rows, cols, img, figsize): # a figure of panels for pictures like `img`
     h,w = img.shape[-2:]
     width = min(2.6*w/h, 11/cols)
     return new_panels(rows, cols, width+.4/cols, width*h/w+.5, figsize) # the names take .4 inches
-
-# %% ../../nbs/41_views.compare.ipynb #cm000007
-def _name_row(ax, name, color='black'): # beside its first Axes
-    high = int(ax.get_position().height * ax.figure.get_figheight() * 12) # characters of this size, about
-    text = '\n'.join(textwrap.fill(l, max(high, 12)) for l in str(name).split('\n'))
-    ax.annotate(text, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center',
-                multialignment='center', fontsize=10, color=color, parse_math=False)
 
 # %% ../../nbs/41_views.compare.ipynb #cm000009
 def _by_methods(learn, img, fs, cls, layer, relu, topk, input, **kwargs): # the `Heatmaps` of `img` by each of the methods `fs`
@@ -91,9 +84,9 @@ def _draw_compared(hms, names, figsize, transpose, same_scale, colorbar, looks):
             lines,color = about(j) if above and not r else (str(name).split('\n') if not above and not j else [], 'black')
             wrap_title(ax, [*lines, *['whatever the class']*(named.by_class>hm.by_class), *hm.notes(0, j)], color)
         show_scales(row, same_scale, colorbar)
-        if above: _name_row(row[0], name)
+        if above: name_row(row[0], name)
     if not above and k>1:
-        for j,ax in enumerate(axs[:,0]): _name_row(ax, '\n'.join(about(j)[0]), about(j)[1])
+        for j,ax in enumerate(axs[:,0]): name_row(ax, '\n'.join(about(j)[0]), about(j)[1])
     return axs
 
 # %% ../../nbs/41_views.compare.ipynb #f900fa4b
@@ -257,9 +250,9 @@ def compare_learners(
             hm.draw(i, imgs[r][i], panels, scales=hm.scales(same_scale), **looks)
             for j,ax in enumerate(panels): wrap_title(ax, *_title(hm, i, j, truth=r==0))
         show_scales(axs[r], same_scale, colorbar)
-        _name_row(axs[r,0], name)
+        name_row(axs[r,0], name)
     if difference:
         first,second = learners
         _draw_difference(hms, imgs[1], axs[2].reshape(n, k), colorbar, looks)
-        _name_row(axs[2,0], f'{second} − {first}' + (f', for what {second} predicts' if follow else ''))
+        name_row(axs[2,0], f'{second} − {first}' + (f', for what {second} predicts' if follow else ''))
     return axs

@@ -13,17 +13,16 @@ from ..core.tasks import tasks, own_loss, activation
 from ..data.images import to_images, own_test_dl
 from ..data.draw import lay_map, styled, wrap_title, show_scales
 from ..data.heatmaps import Heatmaps
-from ..learner.run import shadow, run_passes
+from ..learner.run import shadow, unwatched, run_passes
 from ..learner.show import split_kwargs
 import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
-from contextlib import nullcontext
 
 # %% ../../nbs/40_views.interpret.ipynb #437f43b8
 def _item_dl(interp, idxs): # the images at these places of the losses, made as fastai makes its own pictures of them
     items = getattr(interp.dl, 'items', None)
     if items is None or len(items)!=len(interp.losses):
-        raise ValueError("the images of these losses are not known: "
-                         "make the interpretation of a whole set, with from_learner(learn), or of learn.dls.test_dl(items, with_labels=True)")
+        raise ValueError("the images of these losses are not known: make the interpretation of a whole set, "
+                         "with from_learner(learn), or of learn.dls.test_dl(items, with_labels=True)")
     return own_test_dl(interp.learn.dls, getattr(items, 'iloc', L(items))[idxs], with_labels=True)
 
 # %% ../../nbs/40_views.interpret.ipynb #2fbaf27c
@@ -52,7 +51,7 @@ def _answers(interp, dl): # what is predicted and what is true: two tensors of i
         preds.append(to_cpu(decodes(act(ran.pred))))
         targs.append(to_cpu(ran.targs))
     images = to_images(learn.dls, dl=dl)
-    run_passes(learn, images, lambda *_: nullcontext([]), use)
+    run_passes(learn, images, unwatched, use)
     return _one_class(preds, len(images)),_one_class(targs, len(images))
 
 # %% ../../nbs/40_views.interpret.ipynb #dab6eb8e

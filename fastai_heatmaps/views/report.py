@@ -18,13 +18,12 @@ from ..core.method import get_method
 from ..core.tasks import tasks, own_loss
 from ..data.drawn import check_free, drawn_by
 from ..data.files import whole_file
-from ..data.images import to_images, own_test_dl
-from ..data.draw import color_scale
+from ..data.images import to_images, own_test_dl, some_places
+from ..data.draw import styles, color_scale, as_png
 from ..data.heatmaps import Heatmaps
 from ..learner.core import explain_images
-from ..learner.run import shadow, output_names, run_passes
+from ..learner.run import shadow, output_names, unwatched, run_passes
 from base64 import b64encode
-from contextlib import nullcontext
 from datetime import datetime
 from hashlib import sha256
 import fastai,io,platform
@@ -177,14 +176,14 @@ def _ask(learn, images, cls, topk, score): # `learn` as from `shadow`
         res.losses += _losses(learn, yb, n) if len(yb) else [None]*n
         res.cls.append(_classes(ran, truths, topk) if cls is None else ran.pick(cls).cpu())
         res.task,res.shape = task,ran.x.shape[1:]
-    run_passes(learn, images, lambda *_: nullcontext([]), use, score=score)
+    run_passes(learn, images, unwatched, use, score=score)
     res.cls = torch.cat(res.cls)
     return res
 
 def _order(losses, n, seed): # the places of the photos that are shown
     if n is None: n = len(losses)
     if None not in losses: return sorted(range_of(losses), key=lambda i: -np.nan_to_num(losses[i], nan=np.inf))[:n]
-    return sorted(random.Random(seed).sample(range_of(losses), min(n, len(losses))))
+    return sorted(some_places(len(losses), n, seed))
 
 # %% ../../nbs/46_views.report.ipynb #re000030
 def _model(learn): # what it is called
@@ -216,15 +215,17 @@ def _about(learn, hm, photos, pairs, more): # rows of terms and what they stand 
     return rows + more + [('heatmaps', f'{hm.method}{at}, {h}×{w} cells'), ('made', when), ('versions', versions)]
 
 # %% ../../nbs/46_views.report.ipynb #re000031
+_opacity = styles['fade']['alpha']
+
 def _colours(signed): # 256 colours as bytes, the place where there is no evidence, and what a bar of them looks like
-    rgb = (255*plt.get_cmap('coolwarm' if signed else 'plasma')(range(256))[:,:3]).round().astype(np.uint8)
+    rgb = (255*plt.get_cmap(styles['fade']['signed' if signed else 'cmap'])(range(256))[:,:3]).round().astype(np.uint8)
     stops = ', '.join(f'rgb({r} {g} {b})' for r,g,b in rgb[::17])
     return _text(rgb.tobytes()),128 if signed else 0,f'background: linear-gradient(90deg, {stops})'
 
 def _tools(signed, ramp): # the bar of controls
     ends = ('against', 'for') if signed else ('no evidence', 'most')
     def menu(id, text): return Label(text, Select(Option('any', value=''), id=id))
-    return Section(Label('opacity', Input(type='range', id='opacity', min=0, max=100, value=70)),
+    return Section(Label('opacity', Input(type='range', id='opacity', min=0, max=100, value=round(100*_opacity))),
                    Label(Input(type='checkbox', id='same', checked=True), 'one scale per photo'),
                    Span(ends[0], ' ', Span(cls='ramp', style=ramp, role='img', aria_label='colours'), ' ', ends[1], cls='key'),
                    menu('predicted', 'predicted'), menu('truth', 'truth'), Button('show all', id='none', type='button'),
@@ -232,13 +233,11 @@ def _tools(signed, ramp): # the bar of controls
 
 # %% ../../nbs/46_views.report.ipynb #re000032
 def _verdict(findings): # as from `check_heatmaps`
-    fig,buf = np.atleast_1d(findings.plot()).flat[0].figure,io.BytesIO()
-    fig.savefig(buf, format='png', dpi=80, bbox_inches='tight', facecolor='white')
-    plt.close(fig)
+    png = as_png(findings.plot(), dpi=80, facecolor='white')
     table = findings.table.round(3).reset_index()
     head = Thead(Tr(*[Th(str(o), scope='col') for o in table.columns]))
     rows = Tbody(*[Tr(*[Td(str(o)) for o in row]) for row in table.itertuples(index=False)])
-    picture = Img(src=f'data:image/png;base64,{_text(buf.getvalue())}', alt='What was measured, as a picture')
+    picture = Img(src=f'data:image/png;base64,{_text(png)}', alt='What was measured, as a picture')
     return Section(H2('May the maps be believed?'), P(findings.words), _scrolled(Table(head, rows), 'What was measured'),
                    picture, cls='verdict')
 
@@ -257,7 +256,7 @@ _css = """
 }
 * { box-sizing: border-box }
 [hidden] { display: none !important }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.45 system-ui, sans-serif; --opacity: .7 }
+body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.45 system-ui, sans-serif }
 header, main > section { padding: 0 clamp(12px, 2.5vw, 48px) }
 header { padding-top: 1.2em }
 h1 { font-size: 1.7em; line-height: 1.2; margin: 0 0 .6em; overflow-wrap: anywhere }
@@ -461,7 +460,8 @@ def _page(title, sections, signed): # its photos go where the `Slot` is
     how = P(f'{what}; a line goes round what is above half of the scale.', cls='soft')
     keys = P('The arrow keys lead from photo to photo, and 1 to 9 choose a map.', cls='soft keys')
     photos = Section(H2('Photos'), note, how, keys),_tools(signed, ramp), Section(Slot(), id='photos', aria_label='Photos')
-    body = Body(Header(H1(title)), Main(*sections, *photos), Script(Safe(_js)), data_colours=colours, data_zero=zero)
+    body = Body(Header(H1(title)), Main(*sections, *photos), Script(Safe(_js)), data_colours=colours, data_zero=zero,
+                style=f'--opacity: {_opacity}')
     return Html(head, body, lang='en')
 
 # %% ../../nbs/46_views.report.ipynb #re000038
