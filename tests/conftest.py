@@ -41,6 +41,17 @@ def clean_up():
     gc.collect()
 
 
+@contextmanager
+def draws_nothing():
+    "What comes out of the user's random number generators afterwards is what would have come out without"
+    def numbers(): return torch.rand(2).tolist(),random.random(),np.random.rand()
+    set_seed(1)
+    want = numbers()
+    set_seed(1)
+    yield
+    assert numbers()==want
+
+
 @pytest.fixture(scope='session')
 def pics(tmp_path_factory):
     "A folder of 12 pictures of several sizes, 6 of each class, 'Red' and 'Blue_ish'"
