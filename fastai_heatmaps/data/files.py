@@ -11,7 +11,7 @@ from fastai.basics import *
 from ..core.no_trace import no_trace
 from .drawn import drawn_by, is_drawn
 from .photo import photo_strips
-from .draw import styled
+from .draw import styled, enlarged
 from .heatmaps import Heatmaps
 from .. import __version__
 from filelock import FileLock, Timeout # which comes with torch
@@ -126,9 +126,7 @@ def _laid(hm, i, on, interpolation): # image `i` in RGB; for each of its maps th
         strips = [photo_strips(m[None], grid, photo.size[::-1], interpolation) for m in hm.maps[i]]
     else:
         img,maps = hm.view(i, on)
-        if maps.shape[1:]!=img.shape[1:]:
-            smooth = dict(antialias=True) if interpolation=='bicubic' else {} # as `lay_map` draws it
-            maps = F.interpolate(maps[None], img.shape[1:], mode=interpolation, **smooth)[0]
+        maps = enlarged(maps, img.shape[1:], interpolation)
         photo = Image.fromarray((255*img.expand(3, -1, -1)).round().byte().permute(1, 2, 0).numpy())
         strips = [[(0, m[None])] for m in maps]
     return (photo if photo.mode=='RGB' else photo.convert('RGB')),strips
