@@ -174,3 +174,144 @@ def test_regions_of_nothing():
     for m in (torch.zeros(4, 4), -torch.ones(4, 4), torch.full((4,4), torch.nan)):
         boxes,shares,masks = regions(m, 0.)
         assert boxes.shape==(0,4) and shares.shape==(0,) and masks==[]
+
+
+# Means of classes
+
+def by_hand(hm, rows, js):
+    "The mean of the maps `js` of the images `rows`, each divided by its largest value; the mean of what the model saw of them"
+    maps = [hm.maps[i][j]/max(hm.maps[i][j].abs().max(), 1e-30) for i,j in zip(rows, js)]
+    return torch.stack(maps).mean(0),torch.stack([hm.image(i) for i in rows]).mean(0)
+
+
+def check_means(hm, means, want):
+    "`want`: class -> its images, and which of their maps"
+    assert means.cls.flatten().tolist()==sorted(want) and type(means).__mro__[1]==Heatmaps
+    for m,(c,(rows,js)) in enumerate(sorted(want.items())):
+        mean,photo = by_hand(hm, rows, js)
+        torch.testing.assert_close(means.maps[m][0], mean)
+        assert (means.image(m)-photo).abs().max()<=.5/255+1e-5
+        torch.testing.assert_close(means.preds[m], hm.preds[rows].mean(0))
+        assert means.info['photos'][m,0]==len(rows)
+        assert means.title(m)[0][:2]==[f'{hm.name(c)},', f"mean of {len(rows)} photo{'s'*(len(rows)>1)}"]
+
+
+@pytest.fixture
+def six(learn):
+    "Six images in batches of four, both classes explained, in different orders; the third and the last are taken for the other class"
+    hm = learn.get_heatmaps(cls=[0,1], method='gradcam', relu=True)
+    cls = tensor([[0,1],[1,0],[0,1],[1,0],[1,0],[0,1]])
+    maps = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))*tensor([1e-6,1,10,100,1,1]).view(-1, 1, 1, 1)
+    preds = tensor([[.9,.1],[.2,.8],[.3,.7],[.4,.6],[.8,.2],[.1,.9]])
+    return hm.replace(maps=maps, cls=cls, preds=preds, targs=tensor([0,1,0,1,0,0]))
+
+
+def test_means_by_formula(six):
+    "No photo dominates, whatever the size of its scores: by the class explained, the true and the predicted one"
+    check_means(six, six.mean(), {0:(range(6), [0,1,0,1,1,0]), 1:(range(6), [1,0,1,0,0,1])})
+    check_means(six, six.mean('targ'), {0:([0,2,4,5], [0,0,1,0]), 1:([1,3], [0,0])})
+    check_means(six, six.mean('pred'), {0:([0,4], [0,1]), 1:([1,2,3,5], [0,1,0,1])})
+    assert six.mean('pred').asked is None and six.mean().targs is None
+
+
+def test_means_of_one_class(six):
+    "If only one class was explained, the photos of the others are left out, and a warning counts them"
+    one = six.replace(cls=torch.zeros(6, 1).long(), maps=six.maps[:,:1])
+    with pytest.warns(UserWarning, match='2 of 6 photos have no map of their true class, and are left out'): means = one.mean('targ')
+    check_means(one, means, {0:([0,2,4,5], [0]*4)})
+    check_means(one, one.mean(), {0:(range(6), [0]*6)})
+    with pytest.raises(ValueError, match=r"no photo has a map of its true class: .*get_heatmaps\(cls='targ'\)"): one[[1,3]].mean('targ')
+    free = one.replace(method='activations') # of no class: the one map stands for any
+    check_means(free, free.mean('targ'), {0:([0,2,4,5], [0]*4), 1:([1,3], [0]*2)})
+
+
+def test_flat_maps_are_counted(six):
+    "They count as zeros, as do maps that are not finite; maps with both signs keep them"
+    maps = six.maps.clone()
+    maps[0],maps[2,0,0,0],maps[4] = 0,float('nan'),-1-maps[4]
+    hm = six.replace(maps=maps)
+    means = hm.mean('targ')
+    rest = maps[5,0]/maps[5,0].max() + maps[4,1]/maps[4,1].abs().max()
+    torch.testing.assert_close(means.maps[0,0], rest/4)
+    assert means.title(0)[0]==['Blue_ish,', 'mean of 4 photos', '(2 of them without evidence)'] and len(means.title(1)[0])==2
+    assert means.maps.min()>=-1 and means.maps.min()<0
+    flat = hm[[0]].mean('targ')
+    assert not flat.maps.any() and flat.title(0)[0][1:]==['mean of 1 photo', '(1 of them without evidence)']
+
+
+def test_means_of_several_labels(six):
+    "A photo counts in each of its classes"
+    hm = six.replace(task='classes', targs=tensor([[1,1],[0,1],[0,0],[1,0],[0,1],[1,1]]), thresh=.35)
+    check_means(hm, hm.mean('targ'), {0:([0,3,5], [0,1,0]), 1:([0,1,4,5], [1,0,0,1])})
+    check_means(hm, hm.mean('pred'), {0:([0,3,4], [0,1,1]), 1:([1,2,3,5], [0,1,0,1])})
+
+
+def test_means_of_numbers(six):
+    hm = six.replace(task='numbers', targs=torch.rand(6, 2))
+    check_means(hm, hm.mean(), {0:(range(6), [0,1,0,1,1,0]), 1:(range(6), [1,0,1,0,0,1])})
+    for by in ('targ', 'pred'):
+        with pytest.raises(ValueError, match="this model answers with numbers: use by='cls'"): hm.mean(by)
+
+
+def test_means_of_pixels(learn):
+    "A map of single pixels ends where its scale ends: a few pixels that outshine all others do not dim the rest"
+    hm = learn.get_heatmaps(method='saliency', cls='targ')
+    tops = [float(np.quantile(m[0].abs().numpy(), .995)) for m in hm.maps]
+    want = torch.stack([(m[0]/top).clamp(max=1) for m,top in zip(hm.maps, tops)])[hm.targs==0].mean(0)
+    torch.testing.assert_close(hm.mean('targ').maps[0,0], want)
+
+
+def test_means_of_several_sizes(demo):
+    "What is of another size is stretched to the size of the first"
+    hm = demo.get_heatmaps(cls='tabby').replace(maps=[torch.full((1,2,3), 2.), torch.eye(4)[None,:2], torch.ones(1, 2, 3)])
+    means = hm.mean()
+    assert means.maps.shape==(1,1,2,3) and means.image(0).shape==hm.image(0).shape and means.maps.max()<=1
+
+
+def test_means_are_heatmaps(six, tmp_path):
+    "Shown, plotted, saved, cut, pickled, and boxed as others are"
+    means = six.mean('targ')
+    ax = means.show(1, boxes=True, colorbar=True)
+    assert ax.get_title()=='Red,\nmean of 2 photos' and ax.patches
+    titles = [ax.get_title() for ax in means.plot()[0]]
+    assert titles==['', 'Blue_ish,\nmean of 4 photos', '', 'Red,\nmean of 2 photos']
+    assert means._repr_png_().startswith(b'\x89PNG')
+    rows = pd.read_csv(means.save(tmp_path))
+    assert rows.cls.tolist()==['Blue_ish', 'Red'] and rows.item.tolist()==['mean of 4 photos', 'mean of 2 photos']
+    assert len(list(tmp_path.glob('*.png')))==6
+    assert means[1].title(0)==means.title(1)==pickle.loads(pickle.dumps(means)).title(1)
+    with pytest.raises(ValueError, match="pass on='input'"): means.boxes()
+
+
+def test_means_without_photos(six):
+    "A warning says so, and the maps are shown alone"
+    hm = six.replace(images=Images(idxs=range(6), names=list('abcdef')))
+    with pytest.warns(UserWarning, match='the photos are not at hand, so the mean maps are shown alone'): means = hm.mean()
+    assert torch.equal(means.maps, six.mean().maps)
+    img = means.image(0)
+    assert img.shape==(3,222,222) and img.min()==img.max()>.9
+    means.show()
+
+
+def test_means_leave_no_trace(six):
+    state = copy(six.learn.model.state_dict())
+    with draws_nothing(): six.mean('targ')
+    assert all(torch.equal(v, state[k]) for k,v in six.learn.model.state_dict().items())
+
+
+def test_means_read_in_batches(six, monkeypatch):
+    "Each photo is read once, class by class, in batches of the DataLoader's size"
+    sizes,part = [],Images.part
+    def watched(self, rows):
+        res = part(self, rows)
+        sizes.append((res.idxs, res.dl.bs))
+        return res
+    monkeypatch.setattr(Images, 'part', watched)
+    six.mean('targ')
+    assert sizes==[([0,2,4,5,1,3], 4)]
+
+
+def test_bad_means(six):
+    with pytest.raises(ValueError, match="by is 'class'; expected 'cls'"): six.mean('class')
+    with pytest.raises(ValueError, match="by='targ' needs the true classes"): six.replace(targs=None).mean('targ')
+    with pytest.raises(ValueError, match='there are no heatmaps'): six[[]].mean()
