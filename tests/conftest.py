@@ -107,6 +107,13 @@ def photo_heatmaps(size, maps, *tfms):
     return learn.get_heatmaps(method='activations').replace(maps=tensor(maps)[None].float())
 
 
+def near_line(m, top, px):
+    "Mark the pixels that are up to `px` from where the map `m` crosses half of `top`, or of minus `top`"
+    from scipy import ndimage
+    strong,around = np.abs(np.nan_to_num(m))>=top/2,np.ones((2*px+1,)*2)
+    return ndimage.binary_dilation(strong, around) & ndimage.binary_dilation(~strong, around)
+
+
 quick = {'smooth_gradcam++': dict(n=2), 'smoothgrad': dict(n=2), 'integrated_gradients': dict(steps=3), 'occlusion': dict(window=32, stride=32), 'rise': dict(n=8), 'scorecam': dict(channels=4)}
 
 
