@@ -168,7 +168,7 @@ def draw_boxes(
     (h,w),(left,right,bottom,top) = ax.images[0].get_array().shape[:2],ax.images[0].get_extent()
     for x1,y1,x2,y2 in boxes.tolist():
         at,wide,high = (left+x1/w*(right-left), top+y1/h*(bottom-top)),(x2-x1)/w*(right-left),(y2-y1)/h*(bottom-top)
-        ax.add_patch(plt.Rectangle(at, wide, high, fill=False, edgecolor='white', linewidth=1.8,
+        ax.add_patch(plt.Rectangle(at, wide, high, fill=False, edgecolor='white', linewidth=1.8, clip_on=False,
                                    path_effects=[withStroke(linewidth=3.4, foreground='black')]))
 
 # %% ../../nbs/22_data.draw.ipynb #dr000040

@@ -15,7 +15,6 @@ from .draw import styled, enlarged, half_line
 from .heatmaps import Heatmaps
 from .. import __version__
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from filelock import FileLock, Timeout # which comes with torch
 from itertools import count
 from uuid import uuid4
@@ -149,7 +148,7 @@ def _coloured(m, look, vmin, vmax): # a map in grey; in colours, black where the
 def _draw_line(pic, m, scale, interpolation): # the line of `half_line`, on the PIL image `pic`, with which the map `m` shares its edges
     (w,h),dpi = pic.size,max(pic.height/4, 80)
     rows = min(h, max(2**20//w, 1))
-    fig = Figure(((w+.1)/dpi, (rows+.1)/dpi), dpi=dpi)
+    fig = plt.Figure(((w+.1)/dpi, (rows+.1)/dpi), dpi=dpi)
     canvas,ax = FigureCanvasAgg(fig),fig.add_axes([0, 0, 1, 1])
     fig.patch.set_alpha(0)
     ax.set_axis_off()
