@@ -218,7 +218,7 @@ def save(self:Heatmaps,
     if len(names)!=len(self): raise ValueError(f"there are {len(names)} names for {len(self)} images: pass one for each")
     scales = self.scales(same_scale) # looks at all maps, once
     if style is None: style = 'even' if self.style=='pixels' else 'fade'
-    look = styled(scales(0)[0]['vmin']<0, alpha, cmap, self.enlarging(interpolation), style)
+    look = styled(scales(0)[0]['vmin']<0, alpha, cmap, self.enlarging(interpolation, style), style)
     folder,rows = Path(folder).expanduser(),_rows(self, names, fmt)
     _check_folder(folder, sum(rows, []), fresh=not overwrite)
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from ..core.method import heatmap_methods
 from ..core.passes import all_was_against
 from .images import Images
 from .photo import on_photo
-from .draw import styles, color_scale, enlarged, lay_map, show_overlay, regions, draw_boxes
+from .draw import styled, color_scale, enlarged, lay_map, show_overlay, regions, draw_boxes
 from .draw import wrap_title, show_scales, new_panels, as_png
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
@@ -178,9 +178,9 @@ def style(self:Heatmaps):
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000022
 @patch
-def enlarging(self:Heatmaps, interpolation=None):
+def enlarging(self:Heatmaps, interpolation=None, style=None):
     "Tell how PyTorch enlarges these maps: 'nearest', 'bilinear' or 'bicubic'"
-    how = interpolation or styles[self.style]['interpolation']
+    how = styled(False, interpolation=interpolation, style=style or self.style)['interpolation']
     return how if how in ('nearest', 'bicubic') else 'bilinear'
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000004
@@ -259,7 +259,7 @@ def draw(self:Heatmaps,
     for j,(ax,m,scale) in enumerate(zip(axs, maps, scales(i))):
         show_overlay(img, m, ax, style=style, **scale, **kwargs)
         if boxes:
-            m, = enlarged(m[None], img.shape[-2:], self.enlarging(kwargs.get('interpolation')))
+            m, = enlarged(m[None], img.shape[-2:], self.enlarging(kwargs.get('interpolation'), style))
             draw_boxes(ax, regions(m, self.level(i, j, .5 if boxes is True else boxes))[0])
         wrap_title(ax, *self.title(i, j, truth))
 
@@ -287,7 +287,7 @@ def show(self:Heatmaps,
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Draw the maps of image `i` over it, each titled with its class and probability"
-    img,maps = self.view(i, on, kwargs.get('interpolation'), limit=1024)
+    img,maps = self.view(i, on, self.enlarging(kwargs.get('interpolation'), kwargs.get('style')), limit=1024)
     k,fig = len(maps),None
     if ctx is None: fig,ctx = _class_panels(img, k, figsize)
     axs = np.atleast_1d(ctx).ravel()
@@ -312,7 +312,8 @@ def plot(self:Heatmaps,
     "Draw a grid: each image, titled with the true class where it is known, and beside it its heatmaps"
     n,k = len(self),self.cls.shape[1]
     if not n: raise ValueError("there are no heatmaps to draw")
-    views = [self.view(i, on, kwargs.get('interpolation'), limit=1024) for i in range(n)]
+    how = self.enlarging(kwargs.get('interpolation'), kwargs.get('style'))
+    views = [self.view(i, on, how, limit=1024) for i in range(n)]
     scales = self.scales(same_scale)
     ncols = min(n, ncols or max(1, 4//(k+1)))
     cols = ncols*(k+1)
