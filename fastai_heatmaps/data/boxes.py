@@ -49,11 +49,11 @@ def _boxes(hm, i, thresh, on, n, masks, interpolation): # those of image `i`
 def boxes(self:Heatmaps,
     thresh:float=.5, # Where a region ends, as a part of the map's maximum, between 0 and 1; lower makes larger boxes
     on='original', # What the boxes lie on, in its pixels: 'original' = the photo as it was opened, 'input' = what the model saw
-    n:int=None, # How many for each map at most, those with the most evidence; None = all. Maps of single pixels fall apart into specks
+    n:int=None, # How many for each map at most, those with the most evidence; None = all; maps of single pixels have many specks
     masks:bool=False, # Keep the mask of each region, too? They are as large as the picture
     interpolation=None # How maps are enlarged; None = as they are drawn; 'nearest' = boxes along the cells
-) -> list: # Of each image a `LabeledBBox`, with `scores`, the share of the map's evidence in each box, and `masks` (m, H, W) if asked for
-    "Find the boxes of the connected regions where the evidence for a class is strong: for each class, those with the most evidence first"
+) -> list: # Of each image a `LabeledBBox`, with `scores` (m,), the share of the map's evidence in each region, and its `masks` (m, H, W)
+    "Find the boxes of the connected regions where the evidence for a class is strong, for each class those with the most of it first"
     if n is not None and n<1: raise ValueError(f"n is {n}; expected at least 1")
     places = range_of(self)
     if person_looks() and len(self)>20: places = progress_bar(places, leave=False)

@@ -148,7 +148,7 @@ def show_overlay(
 def regions(
     hmap:Tensor, # (H, W), as large as the picture; NaN where the model did not see it
     level:float # What is at least this strong belongs to a region; nothing does, unless it is positive
-) -> tuple: # Boxes (m, 4), x1, y1, x2, y2 in pixels; the share of the positive evidence in each (m,); their masks, each cut to its box
+) -> tuple: # Boxes (m, 4), x1, y1, x2, y2 in pixels; the share of the positive evidence in each (m,); masks, cut to their boxes
     "Find the connected regions where a map is strong, those with the most evidence first"
     v = hmap.numpy().clip(min=0)
     which,_ = ndimage.label(v>=level if level>0 else np.zeros_like(v))

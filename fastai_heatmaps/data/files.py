@@ -121,7 +121,7 @@ def marked_exif(): # The EXIF data, as Pillow takes them
     return exif
 
 # %% ../../nbs/24_data.files.ipynb #ph000021
-def _laid(hm, i, on, interpolation): # image `i` in RGB; its maps, small; for each the strips that lie on it, as from `photo_strips`
+def _laid(hm, i, on, interpolation): # image `i` in RGB; its maps, small; the strips of each, as from `photo_strips`
     if on=='original':
         photo,grid = hm.images.photo(i)
         size = photo.size[::-1]
@@ -145,7 +145,7 @@ def _coloured(m, look, vmin, vmax): # a map in grey; in colours, black where the
     return np.rint(255*m).astype(np.uint8), np.ascontiguousarray(res[...,:3]), np.ascontiguousarray(res[...,3])
 
 # %% ../../nbs/24_data.files.ipynb #fi000040
-def _draw_line(pic, m, scale, interpolation): # the line of `half_line`, on the PIL image `pic`, with which the map `m` shares its edges
+def _draw_line(pic, m, scale, interpolation): # the line of `half_line` round what is strong in `m`, on the PIL image `pic`
     (w,h),dpi = pic.size,max(pic.height/4, 80)
     rows = min(h, max(2**20//w, 1))
     fig = plt.Figure(((w+.1)/dpi, (rows+.1)/dpi), dpi=dpi)
@@ -207,7 +207,7 @@ def save(self:Heatmaps,
     alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = .7, .6 for 'even', 1 for 'pixels'
     cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
     interpolation=None, # 'bicubic', the default, 'bilinear', or 'nearest', which shows the cells
-    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque, as maps of single pixels are; 'pixels' = without the photo
+    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = without the photo
 ) -> Path: # The table
     "Write three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv"
     if fmt not in _formats: raise ValueError(f"fmt is {fmt!r}; expected one of {', '.join(_formats)}")

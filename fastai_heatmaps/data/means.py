@@ -53,11 +53,14 @@ def photos_of(
     "Mark of which classes each image is a photo"
     task = tasks[hm.task]
     if by=='cls': return torch.zeros(hm.preds.shape, dtype=torch.bool).scatter_(1, hm.cls, True)
-    if by not in ('targ', 'pred'): raise ValueError(f"by is {by!r}; expected 'cls', the class explained, 'targ', the true one, or 'pred'")
+    if by not in ('targ', 'pred'):
+        raise ValueError(f"by is {by!r}; expected 'cls', the class explained, 'targ', the true one, or 'pred'")
     found = task.found(hm.preds, hm.thresh)
-    if found is None: raise ValueError(f"by={by!r} needs classes, and this model answers with numbers: use by='cls'")
+    if found is None:
+        raise ValueError(f"by={by!r} needs classes, and this model answers with numbers: use by='cls'")
     if by=='pred': return found
-    if hm.targs is None: raise ValueError("by='targ' needs the true classes, and they are not known here: use by='pred' or by='cls'")
+    if hm.targs is None:
+        raise ValueError("by='targ' needs the true classes, and they are not known here: use by='pred' or by='cls'")
     return task.labelled(hm.targs, hm.preds.shape[1])
 
 # %% ../../nbs/27_data.means.ipynb #me000010
@@ -94,7 +97,7 @@ def _blank(hm, rows): # light pictures in place of the photos, where these are n
         shape = hm.maps[i].shape[1:]
         yield torch.full([3, *[o*max(224//max(shape), 1) for o in shape]], .95)
 
-def _by_class(hm, pairs): # `pairs` of a class and an image, in the order of classes; yields the class, its images and their `Mean`
+def _by_class(hm, pairs): # `pairs` of a class and an image, by class; yields a class, its images and their `Mean`
     rows = [i for _,i in pairs]
     photos = _blank(hm, rows) if hm.dl is None else hm.images[rows].pictures()
     if person_looks() and len(pairs)>20: pairs = progress_bar(pairs, leave=False)
@@ -109,19 +112,20 @@ def _by_class(hm, pairs): # `pairs` of a class and an image, in the order of cla
 @patch
 @no_trace
 def mean(self:Heatmaps,
-    by:str='cls' # The photos of a class: 'cls' = all of which it was explained, 'targ' = those whose true class it is, 'pred' = those predicted as it
+    by:str='cls' # The photos of a class: 'cls' = of which it was explained, 'targ' = whose true class it is, 'pred' = predicted as it
 ) -> Heatmaps: # An 'image' for each class, in their order: the mean photo, and the mean map, whose values are at most 1
     "Average the maps of each class, each divided by the end of its own scale, and the photos"
     if not len(self): raise ValueError("there are no heatmaps to average")
     pairs = [(c,i) for c,i in photos_of(self, by).T.nonzero().tolist()]
     mapped = [(c,i) for c,i in pairs if map_of(self, i, c) is not None]
-    which = {'targ':'true', 'pred':'predicted'}.get(by)
-    if not mapped: raise ValueError(f"no photo has a map of its {which} class: explain that one, as get_heatmaps(cls='targ') does the true")
+    which,ask = ('predicted','get_heatmaps()') if by=='pred' else ('true',"get_heatmaps(cls='targ')")
+    if not mapped: raise ValueError(f"no photo has a map of its {which} class: explain that one, {ask}")
     if len(mapped)<len(pairs):
         warn(f"{len(pairs)-len(mapped)} of {len(pairs)} photos have no map of their {which} class, and are left out")
-    if self.dl is None: warn("the photos are not at hand, so the mean maps are shown alone: pass load_heatmaps the DataLoader of the photos")
-    rows = [(c, o.map, (255*o.photo).round().byte(), o.n, o.empty, self.preds[images].mean(0)) for c,images,o in _by_class(self, mapped)]
-    cls,maps,photos,n,empty,preds = zip(*rows)
+    if self.dl is None:
+        warn("the photos are not at hand, so the mean maps are shown alone: pass load_heatmaps the DataLoader of the photos")
+    def row(c, rows, o): return c,o.map,(255*o.photo).round().byte(),o.n,o.empty,self.preds[rows].mean(0)
+    cls,maps,photos,n,empty,preds = zip(*[row(*o) for o in _by_class(self, mapped)])
     if len({m.shape for m in maps})==1: maps = torch.stack(maps)
     dl = torch.utils.data.DataLoader(photos, batch_size=None, generator=torch.Generator())
     images = Images(dl, range_of(photos), names=[f'mean of {o} photos' for o in n])

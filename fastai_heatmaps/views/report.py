@@ -504,7 +504,8 @@ def _page(title, sections, signed): # its photos go where the first `Slot` is, a
     if signed: what = 'Red is where the model finds evidence for a class, and blue evidence against it'
     how = P(f'{what}; a line goes round what is above half of the scale.', cls='soft')
     keys = P('The arrow keys lead from photo to photo, and 1 to 9 choose a map.', cls='soft keys')
-    photos = Section(H2('Photos'), note, how, keys, id='begin'),_tools(signed, ramp), Section(Slot(), id='photos', aria_label='Photos')
+    begin = Section(H2('Photos'), note, how, keys, id='begin')
+    photos = begin,_tools(signed, ramp),Section(Slot(), id='photos', aria_label='Photos')
     body = Body(Header(H1(title)), Main(*sections, *photos, Slot()), Script(Safe(_js)), data_colours=colours, data_zero=zero,
                 style=f'--opacity: {_opacity}')
     return Html(head, body, lang='en')
