@@ -52,8 +52,8 @@ def boxes(self:Heatmaps,
     n:int=None, # How many for each map at most, those with the most evidence; None = all; maps of single pixels have many specks
     masks:bool=False, # Keep the mask of each region, too? They are as large as the picture
     interpolation=None # How maps are enlarged; None = as they are drawn; 'nearest' = boxes along the cells
-) -> list: # Of each image a `LabeledBBox`, with `scores` (m,), the share of the map's evidence in each region, and its `masks` (m, H, W)
-    "Find the boxes of the connected regions where the evidence for a class is strong, for each class those with the most of it first"
+) -> list: # Of each image a `LabeledBBox`; `scores` (m,), the share of a map's evidence in each region; `masks` (m, H, W)
+    "Find the boxes of the connected regions where the evidence for a class is strong, those with the most of it first"
     if n is not None and n<1: raise ValueError(f"n is {n}; expected at least 1")
     places = range_of(self)
     if person_looks() and len(self)>20: places = progress_bar(places, leave=False)

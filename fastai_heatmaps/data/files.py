@@ -207,7 +207,7 @@ def save(self:Heatmaps,
     alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = .7, .6 for 'even', 1 for 'pixels'
     cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
     interpolation=None, # 'bicubic', the default, 'bilinear', or 'nearest', which shows the cells
-    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = without the photo
+    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = no photo
 ) -> Path: # The table
     "Write three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv"
     if fmt not in _formats: raise ValueError(f"fmt is {fmt!r}; expected one of {', '.join(_formats)}")

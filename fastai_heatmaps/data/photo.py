@@ -116,7 +116,8 @@ def original(
     same_random_numbers = random_numbers()
     x,grid = _send(dl, im)
     if x.dim()!=4:
-        raise ValueError(f"on='original' needs transforms that make one picture of a photo, not {tuple(x.shape)}: pass on='input'")
+        raise ValueError(f"on='original' needs transforms that make one picture of a photo, not {tuple(x.shape)}: "
+                         "pass on='input'")
     mark,grey = _mark(im, grid, *x.shape[-2:])
     small = PIL.ImageOps.contain(im, (limit, limit)) if limit and max(im.size)>limit else None
     del im
