@@ -112,7 +112,7 @@ def _by_class(hm, pairs): # `pairs` of a class and an image, by class; yields a 
 @patch
 @no_trace
 def mean(self:Heatmaps,
-    by:str='cls' # The photos of a class: 'cls' = it was explained of them, 'targ' = it is their true class, 'pred' = the predicted one
+    by:str='cls' # The photos of a class: 'cls' = it was explained of them, 'targ' = it is their true class, 'pred' = predicted
 ) -> Heatmaps: # An 'image' for each class, in their order: the mean photo, and the mean map, whose values are at most 1
     "Average the maps of each class, each divided by the end of its own scale, and the photos"
     if not len(self): raise ValueError("there are no heatmaps to average")
