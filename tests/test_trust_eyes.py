@@ -149,3 +149,79 @@ def test_stability_runs_as_many_photos_at_once_as_asked():
     learn.heatmap_stability(bs=2)
     hook.remove()
     assert max(sizes)==2
+
+
+# Two inputs: what is explained is what is changed
+
+class TwoPatches(nn.Module):
+    "The second picture's patch decides; the first picture has an encoder of its own, and a hundredth of the say"
+    def __init__(self):
+        super().__init__()
+        self.first,_ = patch_net()
+        self.second,self.head = patch_net()
+        self.calls = []
+    def forward(self, a, b):
+        self.calls.append((a.detach().as_subclass(Tensor), b.detach().as_subclass(Tensor)))
+        return self.head(.01*self.first(a)+self.second(b))
+
+def two_patches(n=24):
+    "Pairs whose first picture tells nothing of the class"
+    block = DataBlock((ImageBlock, ImageBlock, CategoryBlock), n_inp=2, splitter=IndexSplitter(range(n)),
+                      getters=[lambda i: patch_picture(1000+i//2), patch_picture, lambda i: ('red','blue')[i%2]])
+    dls = block.dataloaders(list(range(n+4)), bs=8, num_workers=0, device='cpu')
+    return Learner(dls, TwoPatches(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
+
+def test_check_of_several_inputs():
+    learn = two_patches()
+    found = {i:learn.check_heatmaps(input=i) for i in range(2)}
+    assert all('Focus could not be measured: this model takes several inputs' in f.words for f in found.values())
+    assert found[1].loc['gradcam','verdict']=='can be trusted' and found[0].loc['gradcam','verdict']!='can be trusted'
+    assert [found[i].loc['gradcam','layer'] for i in range(2)]==['first', 'second']
+    deletion = [found[i].loc['gradcam',['deletion','deletion_random']].tolist() for i in range(2)]
+    assert deletion[1][0]<deletion[1][1]-.1, 'hiding the patch that decides lowers the score'
+    assert abs(deletion[0][0]-deletion[0][1])<.05, 'hiding what decides nothing does not'
+    alone = patch_learner().check_heatmaps()
+    for k in ('sanity', 'noise'): assert found[1].loc['gradcam',k]==pytest.approx(alone.loc['gradcam',k], abs=.25)
+    assert found[1].plot().size and not learn.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize('input', range(2))
+def test_noise_and_mirror_go_to_the_input_that_is_explained(input):
+    learn = two_patches(6)
+    own = [pictures.as_subclass(Tensor) for pictures in learn.dls.valid.one_batch()[:2]]
+    learn.model.calls.clear()
+    hm = learn.heatmap_stability(input=input, copies=1, method='saliency')
+    seen = [o for o in learn.model.calls if len(o[0])==6]
+    for a,b in seen: torch.testing.assert_close((a,b)[1-input], own[1-input])
+    mine = [o[input] for o in seen]
+    assert torch.equal(mine[0], own[input]) and sum(torch.equal(o, own[input].flip(-1)) for o in mine)==1
+    assert sum(0<(o-own[input]).abs().mean()<.05 for o in mine)==1
+    assert hm.each['saliency noise'].shape==(6,1)
+
+
+@pytest.mark.parametrize('input', range(2))
+def test_pixels_of_the_input_that_is_explained_are_hidden(input):
+    learn = two_patches(6)
+    own = [pictures.as_subclass(Tensor) for pictures in learn.dls.valid.one_batch()[:2]]
+    hm = learn.get_heatmaps(input=input)
+    learn.model.calls.clear()
+    found = hm.faithfulness(metrics=['deletion'], steps=2)
+    for a,b in learn.model.calls[1:]: torch.testing.assert_close((a,b)[1-input], own[1-input])
+    assert sum(o[input].eq(0).all().item() for o in learn.model.calls)==1, 'in the end all of it is hidden'
+    hidden = own[:]
+    hidden[input] = torch.zeros_like(own[0])
+    with torch.no_grad(): last = learn.model(*hidden).softmax(1).gather(1, hm.cls)
+    torch.testing.assert_close(found.each['deletion curve'][:,0,-1], last[:,0])
+
+
+def test_sanity_of_the_input_that_is_explained():
+    found = two_patches(8).sanity_check(input=1, stages=2)
+    alone = patch_learner(8).sanity_check(stages=2)
+    assert found['rank']['gradcam','head']==pytest.approx(alone['rank']['gradcam','head'], abs=.3)
+
+
+def test_what_knows_no_several_inputs_says_so():
+    learn = two_patches(8)
+    fails(learn.heatmap_focus, 'this model takes several inputs: Focus is for models that take one photo')
+    for f in (learn.check_heatmaps, learn.heatmap_stability, learn.sanity_check): fails(f, 'input is 2, and the model takes 2 inputs, 0 to 1', input=2)

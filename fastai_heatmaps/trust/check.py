@@ -482,6 +482,7 @@ def check_heatmaps(self:Learner,
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; or a list of them
     layer=None, # As in `get_heatmaps`, for the methods that look at one
     n:int=64, # How many of the photos, chosen at random if there are more
+    input:int=0, # As in `get_heatmaps`: which of the model's inputs is explained, and changed; of several, focus is left out
     seed:int=0, # Of all that is random: the same seed gives the same findings
     bs:int=None, # Batch size, also of changed photos; None = that of the DataLoaders
     **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
@@ -490,7 +491,7 @@ def check_heatmaps(self:Learner,
     named,run = named_methods(method, **options),shadow(self)
     names,methods = list(named),list(named.values())
     if layer is not None: layer = find_layers(run.model, layer)
-    images,_ = choose_images(run, items, n, seed=seed, bs=bs)
+    images,_ = choose_images(run, items, n, seed=seed, bs=bs, input=input)
     with counted(run.model) as passes: found,seen,left_out = measure_trust(run, images, methods, layer, seed, bs)
     hms = seen['photos'][0]
     whos = [f'{name} at layer {hm.layer}' if hm.layer else name for name,hm in zip(names, hms)]

@@ -137,6 +137,7 @@ def heatmap_stability(self:Learner,
     n:int=64, # How many of the photos, chosen at random if there are more
     noise:float=.02, # Standard deviation of the noise, as a part of each photo's range of values
     copies:int=2, # How many copies of each photo with noise; each costs a pass
+    input:int=0, # As in `get_heatmaps`: which of the model's inputs is explained, and changed
     seed:int=0, # Of all that is random: the same seed gives the same findings
     bs:int=None, # Batch size, also of changed photos; None = that of the DataLoaders
     **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
@@ -145,6 +146,6 @@ def heatmap_stability(self:Learner,
     if not isinstance(noise, Real) or noise<=0: raise ValueError(f"noise is {noise!r}; expected a positive number, such as .02")
     check_whole(copies=copies)
     methods,run = named_methods(method, **options),shadow(self)
-    images,cls = choose_images(run, items, n, cls, seed, bs=bs)
+    images,cls = choose_images(run, items, n, cls, seed, bs=bs, input=input)
     res = measure_stability(run, images, list(methods.values()), layer, cls, noise, copies, seed, bs)
     return _found(dict(zip(methods, res)), noise, n)
