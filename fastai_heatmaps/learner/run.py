@@ -12,7 +12,7 @@ from ..core.layers import tensors_in
 from ..core.inputs import with_tensors, of_input, layers_for
 from ..core.tasks import is_dense
 from ..core.passes import Pass, check_bs, clear_errors, recordable, person_looks
-from ..data.images import Images, OpenImage, image_dl, input_list
+from ..data.images import Images, OpenImage, image_dl, input_list, takes_several
 from contextlib import ExitStack, nullcontext
 from copy import copy
 from io import BytesIO
@@ -178,6 +178,9 @@ def blank(
     learn:Learner
 ) -> tuple: # A black image as the model takes it (1, C, H, W), if possible; a function that makes an input of pictures (n, C, H, W) in 0 to 1
     "Make an image as the DataLoaders of `learn` do, and a function that applies their `Normalize`"
+    if takes_several(learn.dls):
+        raise ValueError("this view is of models that take one picture, and this Learner's takes several inputs: "
+                         "show_feature_maps(item, input=1) shows what it makes of one of them")
     dl = image_dl(learn.dls, [np.zeros((224,224,3), dtype=np.uint8)])
     opens = any(isinstance(f, OpenImage) for f in input_list(dl.dataset).tfms.fs)
     if not opens and len(learn.dls.valid_ds): dl = learn.dls.valid
