@@ -1,10 +1,12 @@
 """Which method finds the truth, and which can be trusted on photos?
 
-`python benchmarks/trust.py [--n 32] [--only gradcam,layercam] [--photos FOLDER]`
+`python benchmarks/trust.py [--n 32] [--only gradcam,layercam] [--vit] [--photos FOLDER]`
 
 First, pictures and models of which it is known what the answer rests on (trust/truth): the energy in the patch that the model
 uses, and in the one that it does not, each ± a standard error; whether the brightest cell is in the used patch; and the time of
 a picture, by `get_heatmaps`. Needs no weights and no photos.
+
+With `--vit` also a small vision transformer, which is asked for either of two patches: for `legrad`, which needs one.
 
 With `--photos` also the demo Learner on photos, FOLDER/CLASS/*.jpg: Focus, sanity, deletion and insertion. If all folders have
 names of ImageNet classes, these are the labels; else what the model says counts as right. The slow methods are asked with fewer
@@ -49,6 +51,53 @@ def on_truth(kind, methods, n, seed):
         energy = ' '.join(said(row[k], row[f'{k}_error']) for k in ('used','unused'))
         print(f"{name:34} {energy} {row['pointing']:8.2f} {ms:7.1f}  {row['marks']}", flush=True)
     print(f"{'a uniform map':34} {1/16:5.2f} {1/16:13.2f} {1/16:15.2f}", *refused, sep='\n')
+
+
+def vit_learner(n, seed):
+    "A small ViT that names the colours of both patches, trained on the spot; nobody ships a pretrained one inside a package"
+    from fastai_heatmaps.all import np, torch, set_seed, F, DataBlock, ImageBlock, MultiCategoryBlock, IndexSplitter, Normalize
+    from fastai_heatmaps.all import Learner, Tensor, BCEWithLogitsLossFlat, ProgressCallback
+    from fastai_heatmaps.trust.truth import colors, truth_items, truth_picture, picture_side
+    from timm.models import VisionTransformer
+    items,rng = truth_items(1024+n, seed=seed),np.random.default_rng(seed)
+    for o in items: o['used'],o['unused'] = rng.permutation([*colors])[:2].tolist()
+    block = DataBlock((ImageBlock, MultiCategoryBlock(vocab=[*colors])), get_x=truth_picture, get_y=lambda o: [o['used'], o['unused']],
+                      splitter=IndexSplitter(range(1024, 1024+n)), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
+    set_seed(seed)
+    dls = block.dataloaders(items, bs=32, num_workers=0, device='cpu')
+    model = VisionTransformer(img_size=picture_side, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=4)
+    x,y = [torch.cat(o).as_subclass(Tensor) for o in zip(*dls.train.new(shuffle=False, drop_last=False))]
+    opt = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(5):
+        for b in torch.randperm(len(x)).split(32):
+            opt.zero_grad()
+            F.binary_cross_entropy_with_logits(model(x[b]), y[b]).backward()
+            opt.step()
+    learn = Learner(dls, model.eval(), loss_func=BCEWithLogitsLossFlat())
+    learn.remove_cb(ProgressCallback)
+    return learn
+
+
+def on_vit(methods, n, seed):
+    "Print how much of the evidence in the two patches lies in the one whose colour is asked for"
+    from fastai_heatmaps.all import torch, tensor
+    from fastai_heatmaps.trust.findings import mean_error, rank_correlation
+    from fastai_heatmaps.trust.truth import patch_energy
+    learn = vit_learner(n, seed)
+    items,vocab = learn.dls.valid.items,list(learn.dls.vocab)
+    preds,y = learn.get_preds()
+    print(f"\nA small ViT that names the colours of both patches ({((preds>.5)==(y>0)).float().mean():.1%} right). Of the evidence in the\n"
+          "patches, the share in the one that is asked for; the rank correlation of the maps of both\n")
+    asked = {which:tensor([vocab.index(o[which]) for o in items])[:,None] for which in ('used', 'unused')}
+    for name,f in methods.items():
+        try: hms = {which:learn.get_heatmaps(cls=cls, method=f) for which,cls in asked.items()}
+        except ValueError as e:
+            print(f'{name} cannot be asked: {str(e).splitlines()[0]}')
+            continue
+        inside = {(a,b):patch_energy(hm, b)[0] for a,hm in hms.items() for b in asked}
+        share = torch.stack([inside[a,a]/(inside[a,a]+inside[a,b]) for a,b in (('used','unused'), ('unused','used'))], 1)
+        alike = rank_correlation(*[hm.maps for hm in hms.values()])
+        print(f"{name:34} {said(*mean_error(share))} {said(*mean_error(alike)):>13}", flush=True)
 
 
 def labelled(folder, vocab):
@@ -114,8 +163,10 @@ def main(
     n:int=32, # How many pictures of each kind, photos, and mosaics
     seed:int=0, # Of all that is random
     only:str='', # Methods, with commas between; all if there are none
-    photos:str=None # Photos, FOLDER/CLASS/*.jpg
+    photos:str=None, # Photos, FOLDER/CLASS/*.jpg
+    vit:bool=False # Train a small ViT, too? That takes a minute
 ):
     warnings.simplefilter('ignore') # of integrated gradients with few steps
     for kind in ('ignored','cancelled','trained'): on_truth(kind, chosen(only, {}), n, seed)
+    if vit: on_vit(chosen(only, {}), n, seed)
     if photos: on_photos(photos, chosen(only, fewer), n, seed)
