@@ -36,7 +36,7 @@ def test_class(learn, photo):
 
 
 def test_method(learn, photo):
-    for name in ('?', 3):
+    for name in ('??', 3):
         with pytest.raises(ValueError) as e: learn.show_heatmap(photo, method=name)
         first,*table = str(e.value).splitlines()
         assert f'no method {name!r}' in first and table==repr(heatmap_methods).splitlines() and len(table)==len(heatmap_methods)+1

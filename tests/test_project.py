@@ -104,6 +104,7 @@ def test_wheel(tmp_path):
     site = tmp_path/'site'
     subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', site, wheel], check=True)
     assert contents(site/'fastai_heatmaps', '*.py')==contents(root/'fastai_heatmaps', '*.py')
+    assert (site/'fastai_heatmaps'/'py.typed').exists()
     info, = site.glob('*.dist-info')
     assert script==f'fastai-heatmaps = {module}:main' and script in (info/'entry_points.txt').read_text()
     assert (info/'licenses'/'LICENSE').exists() and f"Version: {cfg['version']}" in (info/'METADATA').read_text('utf-8')

@@ -144,7 +144,9 @@ def get_method(
     if options:
         has = [n for n,p in signature(f).parameters.items() if p.default is not p.empty]
         wrong = [n for n in options if n not in has]
-        called = method if known else getattr(f, '__name__', f)
-        options_are = f"its options are {','.join(has)}" if has else 'it has none'
-        if wrong: raise ValueError(f"the method {called!r} has no option {wrong[0]!r}; {options_are}")
+        if wrong:
+            called = method if known else getattr(f, '__name__', f)
+            close = get_close_matches(wrong[0], has, n=1)
+            meant = f'; did you mean {close[0]!r}?' if close else f"; its options are {', '.join(has)}" if has else ''
+            raise ValueError(f"the method {called!r} has no option {wrong[0]!r}{meant}")
     return Method(f, name, **options)

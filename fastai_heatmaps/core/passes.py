@@ -13,7 +13,7 @@ from .hooks import InputHook, gradients
 from .layers import tensors_in, as_map, no_map, layer_names
 from .targets import class_indices, is_targ
 from .tasks import find_task, activation, warn_if_saturated
-from .method import get_method, no_pictures
+from .method import get_method, heatmap_methods, no_pictures
 from .inputs import with_tensors, OneInput, of_input
 from contextlib import nullcontext
 from copy import copy
@@ -244,6 +244,7 @@ def model_heatmaps(
     **options # Of the method, such as `n` for 'rise'
 ) -> tuple: # Maps (n, k, h, w), float32 on the CPU, not normalised; the model's scores (n, c)
     "Explain what a plain model says about a batch, in one forward pass, or in what the table of methods says"
+    if method=='?': return heatmap_methods
     f = get_method(method, **options)
     model,xb = of_input(unwrap(model), tuplify(xb), input)
     _check_batch(xb)

@@ -114,7 +114,8 @@ def show_overlay(
     hmap:Tensor, # The map (h, w)
     ctx=None, # A matplotlib Axes; None = a new figure
     figsize=None, # Of a new figure, in inches
-    vmin=None, vmax=None, # The values at the ends of the scale; None = those of `color_scale`
+    vmin=None, # The value at the lower end of the scale; None = that of `color_scale`
+    vmax=None, # The value at its upper end, likewise
     colorbar=False, # Show the scale beside it?
     **kwargs
 ): # The Axes

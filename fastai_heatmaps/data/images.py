@@ -34,7 +34,7 @@ def is_turned(
 def _opened(o, cls): # `o` as an image of class `cls`, or any error that opening it raises
     if isinstance(o, (str, Path, bytes)): return cls.create(o)
     if isinstance(o, (Tensor, np.ndarray)) and str(o.dtype).split('.')[-1]!='uint8':
-        raise ValueError(f'its pixels are {o.dtype}, expected uint8, height × width × channels')
+        raise ValueError(f'its pixels are {o.dtype}, expected uint8, height × width × channels; a batch, transformed already, is for model_heatmaps')
     im = o if isinstance(o, Image.Image) else PILBase.create(o)
     if 0 in im.size: raise ValueError(f'it has no pixels, its size is {im.size[0]}×{im.size[1]}')
     return cls(im.convert(cls._open_args.get('mode')))

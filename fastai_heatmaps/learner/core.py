@@ -172,6 +172,7 @@ def get_heatmaps(self:Learner,
     **options # Of the method, such as `n` for 'rise'
 ) -> Heatmaps:
     "Explain many images, by the CAM methods at the cost of their predictions"
+    if method=='?': return heatmap_methods
     images,explain,about = plan_heatmaps(self, items, cls, method, layer, relu, topk, ds_idx, dl, bs, dtype, score,
                                          run, input, **options)
     if out is None:
