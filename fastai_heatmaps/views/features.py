@@ -13,6 +13,7 @@ from ..core.layers import layer_shapes, map_shapes, as_map, no_map, plain_name, 
 from ..core.layers import get_layer, check_channels
 from ..core.inputs import layers_for, parts_of
 from ..core.targets import as_list
+from ..core.passes import check_whole
 from ..data.images import to_images
 from ..data.draw import wrap_title
 from ..learner.run import shadow, output_names, run_passes
@@ -92,7 +93,7 @@ def show_filters(self:Learner,
     figsize=None # Of a new figure, in inches
 ): # The Axes, or an array of two with `fresh`
     "Show the weights of a convolution: in RGB, or if there are not three inputs, in grey with a row for each output; mid-grey is 0"
-    if n<1: raise ValueError(f"n is {n}; expected at least 1")
+    check_whole(n=n)
     name,m = get_conv(unwrap(self.model), layer)
     layers,fig = {name: m},None
     if fresh: layers['freshly initialised'] = _fresh(m)
@@ -175,7 +176,7 @@ def show_feature_maps(self:Learner,
     figsize=None # In inches
 ): # An array of Axes: a row for each layer, a column for each channel
     "Show channels of layers as grey maps, the layers in the order in which they run"
-    if n<1: raise ValueError(f"n is {n}; expected at least 1")
+    check_whole(n=n)
     maps = self.get_feature_maps(img, layer, input)
     picks = _pick_channels(maps, channels, n)
     most = max(map(len, picks))
