@@ -327,7 +327,7 @@ def _draw_means(ax, table):
 def _draw(table, pictures, own, names, maps, styles, shares, figsize=None): # `maps` and `shares` are of the first methods
     k,rows = len(pictures),len(maps)+1
     h,w = pictures[0].shape[1:]
-    wide = 2.1*min(1, w/h)
+    wide = 1.85*min(1, w/h)
     size = k*(wide+.2)+4.5,max(rows*(wide*h/w+.25)+.4, .35*len(table)+1) # with titles, and the axis below
     fig = plt.figure(figsize=figsize or size, layout='constrained')
     grid = fig.add_gridspec(rows, k+2, width_ratios=[wide+.2]*k+[2.25]*2)
