@@ -112,7 +112,7 @@ def channel_masks(
     return (masks-lo)/(hi-lo).clamp(min=1e-8)
 
 # %% ../../nbs/13_methods.perturb.ipynb #ba75897c
-@heatmap_method('scorecam', needs='layer', cost='1 forward a channel (of 512, or 1280)')
+@heatmap_method('scorecam', needs='layer', cost='1 forward a channel (of 512, or 1280)', of_class='partly')
 def scorecam(
     probe:Probe, # Of images (n, C, H, W), with the layer whose channels are the masks
     channels:int=None # How many channels, those that vary most; None = all
