@@ -361,6 +361,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.check_hook': ( 'core.passes.html#check_hook',
                                                                                          'fastai_heatmaps/core/passes.py'),
+                                             'fastai_heatmaps.core.passes.check_whole': ( 'core.passes.html#check_whole',
+                                                                                          'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.clear_errors': ( 'core.passes.html#clear_errors',
                                                                                            'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.evidence_for': ( 'core.passes.html#evidence_for',

@@ -13,6 +13,7 @@ from PIL import ImageOps
 from ..core.no_trace import no_trace
 from ..core.layers import tensors_in
 from ..core.targets import class_index
+from ..core.passes import check_bs
 from copy import copy
 
 # %% ../../nbs/20_data.images.ipynb #715b9c2d
@@ -405,6 +406,7 @@ def to_images(
     input:int=0 # Which of the model's inputs is explained and shown
 ) -> Images:
     "Make `Images` of whatever a user may pass"
+    check_bs(bs)
     labels = None
     if items is None: dl = ordered_dl(dls, ds_idx, dl, bs)
     elif takes_several(dls): dl = item_dl(dls, as_items(items), bs)

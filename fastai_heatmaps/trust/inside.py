@@ -15,17 +15,21 @@ from ..data.draw import new_panels, wrap_title
 from ..data.heatmaps import Heatmaps
 from .findings import Findings, centre_maps, mean_error, mean_columns, differs, short
 from fastprogress.fastprogress import progress_bar
+from numbers import Real
 
 # %% ../../nbs/54_trust.inside.ipynb #in000006
 def mask_pixels(
     o # A path, a PIL image, an array or a tensor
 ) -> np.ndarray: # (H, W)
     "Get the values of a mask"
-    if isinstance(o, (str, Path)): o = Image.open(o)
+    if isinstance(o, (str, Path)):
+        try: o = load_image(o)
+        except OSError as e: raise ValueError(f"{str(o)!r} cannot be opened: {e.strerror or 'it is no picture'}") from None
     if isinstance(o, Image.Image) and o.mode in ('RGB', 'RGBA', 'LA', 'CMYK'): o = o.convert('L')
     m = np.asarray(to_cpu(o))
     if m.ndim==3: m = m.squeeze(next((d for d in (0,2) if m.shape[d]==1), ()))
-    if m.ndim!=2: raise ValueError(f"its shape is {m.shape}; expected a mask (H, W), or boxes (m, 4)")
+    if m.ndim!=2:
+        raise ValueError(f"it {f'has the shape {m.shape}' if m.ndim else f'is {o!r}'}; expected a mask (H, W), or boxes (m, 4)")
     return m
 
 # %% ../../nbs/54_trust.inside.ipynb #in000007
@@ -106,7 +110,10 @@ def masks_by_item(
     "Make a function that gives the mask or the boxes of each image"
     if callable(masks): return lambda i: masks(hm.images[[i]].items[0])
     is_one = isinstance(masks, (str, Path, Image.Image)) or isinstance(masks, (Tensor, np.ndarray)) and masks.ndim==2
-    if len(hm)==1 and is_one: masks = [masks]
+    if is_one and len(hm)==1: masks = [masks]
+    if isinstance(masks, (str, Path, Image.Image, dict)) or not is_iter(masks):
+        raise ValueError(f"masks is {masks!r}; expected a list of masks or boxes, or a function from an item to its own")
+    masks = list(masks)
     if len(masks)!=len(hm):
         raise ValueError(f"there are {len(masks)} masks for {len(hm)} images: pass one for each, or the boxes of each")
     return masks.__getitem__
@@ -302,7 +309,8 @@ def inside(self:Heatmaps,
     on:str=None # What they lie on: 'input' = what the model saw, 'original' = the photo; None = as their size tells
 ) -> Findings: # A row for each metric, and class if there are several; `each` has the values of maps and spots, and the area
     "Measure how much of the evidence lies in masks or boxes, and how well the maps fit them"
-    if not 0<thresh<=1: raise ValueError(f"thresh is {thresh}; expected a part of the maximum, above 0 and up to 1")
+    if not isinstance(thresh, Real) or not 0<thresh<=1:
+        raise ValueError(f"thresh is {thresh!r}; expected a part of the maximum, above 0 and up to 1")
     if not len(self): raise ValueError("there are no heatmaps to measure")
     mask_of = masks_by_item(self, masks)
     on = on or which_frame(self, mask_of(0))

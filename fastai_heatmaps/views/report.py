@@ -579,7 +579,7 @@ def heatmap_report(self:Learner,
     asked = _ask(run, images, cls, topk, score)
     rows = _order(asked.losses, n, seed)
     pairs = _pairs(asked.task, asked.truths, asked.guesses)
-    findings = self.check_heatmaps(items, method, layer, seed=seed, bs=bs) if check is True else check
+    findings = self.check_heatmaps(items, method, layer, input=input, seed=seed, bs=bs) if check is True else check
     def explain(use):
         explain_images(run, images.part(rows), [f], lambda hms: use(*hms), asked.cls[rows], layer, relu, bs=bs, score=score)
     def page(hm, signed):
