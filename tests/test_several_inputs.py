@@ -277,7 +277,7 @@ def test_siamese_items_that_are_none(two):
     item = tuple(pairs[0])
     fails(lambda: learn.show_gradcam(pairs[0][0]), 'an item cannot be read', 'learn.dls.valid_ds.items')
     fails(lambda: learn.show_gradcam(item, input=2), 'input is 2')
-    fails(lambda: learn.show_gradcam(item, input=1, on='original'), "on='original'", 'leave `on` out')
+    fails(lambda: learn.show_gradcam(item, input=1, on='original'), "on='original'", "pass on='input'")
 
 
 class Pairs(Transform):

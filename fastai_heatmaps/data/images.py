@@ -387,6 +387,14 @@ def join(cls:Images,
     names = None if any(o._names is None for o in parts) else [n for o in parts for n in o._names]
     return cls(parts[0].dl, [i for o in parts for i in o.idxs], labels, names, parts[0].input)
 
+# %% ../../nbs/20_data.images.ipynb #im000072
+@patch
+def pictures(self:Images): # Yields (1 or 3, H, W) in 0 to 1, of one after another
+    "Decode all images as the model saw them, read in batches"
+    dl = self.part(range_of(self)).dl
+    decode = getattr(getattr(dl, 'after_batch', None), 'decode', noop)
+    for b in dl: yield from map(_as_picture, tensors_in(to_cpu(decode(b)))[self.input])
+
 # %% ../../nbs/20_data.images.ipynb #im000013
 def to_images(
     dls:DataLoaders, # A Learner's
