@@ -1,6 +1,8 @@
 "What is written twice agrees, the package is what the notebooks export, and the notebooks run."
-import json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys, yaml
 from configparser import ConfigParser
+from html import unescape
+from urllib.parse import unquote
 from importlib.util import module_from_spec, spec_from_file_location
 from importlib.metadata import distribution
 from pathlib import Path
@@ -10,7 +12,8 @@ import fastai_heatmaps.all as fh
 from nbdev.config import get_config, nbpath2html
 
 root = Path(__file__).parents[1]
-nbs = sorted((root/'nbs').glob('*.ipynb'))
+nbs = sorted(f for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+guides = [f for f in nbs if f.parent.name in ('tutorials', 'howto')]
 quick_nbs = {f.name for f in nbs if '_core.' in f.name and not f.name.startswith(('00', '02'))} # these two take models apart
 ini = ConfigParser(delimiters='=')
 ini.read(root/'settings.ini', 'utf-8')
@@ -72,9 +75,10 @@ def test_notebooks_are_clean(copy):
 
 
 def test_pictures_are_small():
-    "What everyone clones: 6 MB at most"
-    size = sum(f.stat().st_size for f in [*nbs, *(root/'README_files').iterdir()])
-    assert size<6e6, f'{size/1e6:.1f} MB: run the notebooks by tools/run_nbs.py, or draw less'
+    "What everyone clones: 6 MB at most, and 2 MB of tutorials and how-tos"
+    for files,most in (({*nbs}-{*guides} | {*(root/'README_files').iterdir()}, 6e6), (guides, 2e6)):
+        size = sum(f.stat().st_size for f in files)
+        assert size<most, f'{size/1e6:.1f} MB: run the notebooks by tools/run_nbs.py, or draw less'
 
 
 @pytest.mark.slow
@@ -89,9 +93,41 @@ def test_readme_is_what_the_notebook_writes(tmp_path):
 def test_docs_build_strictly(forked):
     rc,printed = forked(f"import sys\nsys.path.insert(0, {str(root/'tools')!r})\nfrom docs import main\nmain()")
     assert rc==0, printed
+    assert 'output' not in printed.lower()
     html = root/'docs'/'_build'/'html'
-    assert {p.name for p in html.glob('*.html')} >= {'index.html', *[nbpath2html(f).name for f in nbs]}
-    assert 'Learner.show_gradcam' in (html/'learner.show.html').read_text('utf-8') and 'output' not in printed.lower()
+    pages = {p.relative_to(html).as_posix(): p.read_text('utf-8') for p in html.rglob('*.html')}
+    assert {*pages} >= {nbpath2html(f.relative_to(root/'nbs')).as_posix() for f in nbs}
+    assert 'Learner.show_gradcam' in pages['learner.show.html']
+    assert not [*dead_links(html, pages)] # also those in raw HTML, which Sphinx does not look at
+    assert not [u for s in pages.values() for u in re.findall(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?:[^"]*)', s)] # no network
+    check_reference(pages)
+    found = json.loads(re.search(r'Search.setIndex\((.*)\)', (html/'searchindex.js').read_text('utf-8'))[1])
+    def pages_with(stem): return {found['docnames'][i] for i in [found['terms'].get(stem, [])] for i in (i if isinstance(i, list) else [i])}
+    assert 'howto/colours' in pages_with('transpar') & pages_with('threshold') and 'howto/several_gpus' in pages_with('gpus') | pages_with('gpu')
+    assert '<math' in pages['trust.focus.html'] and 'https://arxiv.org/abs/1610.02391' in pages['reference/learner.html']
+
+
+def dead_links(html, pages):
+    "Page and address of each link within the site that leads nowhere"
+    names = {p: {*re.findall(r'\bid="([^"]+)"', s)} for p,s in pages.items()}
+    for page,s in pages.items():
+        for u in {*re.findall(r'<(?:a|img|link|script)\b[^>]*?\b(?:href|src)="([^"]*)"', s)}:
+            path,_,name = unquote(unescape(u)).partition('#')
+            if re.match(r'\w+:', path): continue
+            to = os.path.relpath((html/page).parent/path.partition('?')[0], html) if path else page
+            if not (html/to).exists() or name not in {'', *names.get(to, [])}: yield page,u
+
+
+def check_reference(pages):
+    "Each public name has an entry: with its parameters, types as people write them, and its source"
+    for n in 'get_heatmaps show_gradcam check_heatmaps heatmap_report'.split(): assert f'id="learner.{n}"' in pages['reference/learner.html']
+    assert 'id="heatmaps.plot"' in pages['reference/heatmaps.html'] and 'id="interpretation.plot_top_losses"' in pages['reference/interpretation.html']
+    functions = pages['reference/functions.html']
+    for n in vars(fh):
+        if n[0]!='_' and n!='Heatmaps' and vars(fh)[n] is not getattr(fv, n, None): assert f'id="{n.lower()}"' in functions, n
+    assert 'nn.Module' in functions and 'torch.nn.modules' not in ''.join(pages.values()) and '&lt;class' not in functions
+    page = pages['reference/learner.html']
+    assert page.count('<details>')==page.count('<h2>') and 'Opacity of the map at the ends of the scale' in page and 'src="../_images/' in page
 
 
 @pytest.mark.slow
@@ -125,7 +161,19 @@ def test_public_names():
     for n in 'show plot save report faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
 
 
-@pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if o.name in quick_nbs else pytest.mark.slow) for o in nbs])
+def test_furniture():
+    "What the repository's host reads: the oldest Python, the licence and the commands are those of settings.ini and the README"
+    github = root/'.github'
+    files = {f.stem: yaml.safe_load(f.read_text('utf-8')) for f in github.rglob('*.yml')}
+    assert files['test']['jobs']['test']['strategy']['matrix']==dict(os=['ubuntu-latest', 'macos-latest'], python=[cfg['min_python'], '3.x'])
+    commands = [o['run'] for name in ('test', 'docs') for o in [*files[name]['jobs'].values()][0]['steps'] if 'run' in o]
+    assert {'python -m pip install -e ".[dev]"', 'python -m pytest', 'python tools/docs.py'} <= {*commands}
+    assert files['release']['jobs']['publish']['permissions']=={'id-token': 'write'} # trusted publishing
+    cite = yaml.safe_load((root/'CITATION.cff').read_text('utf-8'))
+    assert (cite['authors'][0]['name'], cite['license'])==(cfg['author'], cfg['license'])
+
+
+@pytest.mark.parametrize('fn', [pytest.param(o, id=o.relative_to(root/'nbs').as_posix(), marks=[] if o.name in quick_nbs else pytest.mark.slow) for o in nbs])
 def test_notebook(fn, forked, pytestconfig):
     "Runs the notebook; and what it shows was stored: each cell that draws has its picture, and no error or warning is stored"
     rc,text = forked(fn, pytestconfig.getoption('--nb-flags'))
