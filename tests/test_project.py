@@ -13,7 +13,7 @@ from nbdev.config import get_config, nbpath2html
 
 root = Path(__file__).parents[1]
 nbs = sorted(f for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
-guides = [f for f in nbs if f.parent.name in ('tutorials', 'howto')]
+guides = [f for f in nbs if f.parent.name in ('tutorials', 'howto') or f.stem=='start'] # for users; the others are the package's own
 quick_nbs = {f.name for f in nbs if '_core.' in f.name and not f.name.startswith(('00', '02'))} # these two take models apart
 ini = ConfigParser(delimiters='=')
 ini.read(root/'settings.ini', 'utf-8')
@@ -75,7 +75,7 @@ def test_notebooks_are_clean(copy):
 
 
 def test_pictures_are_small():
-    "What everyone clones: 6 MB at most, and 2 MB of tutorials and how-tos"
+    "What everyone clones: 6 MB at most, and 2 MB of guides"
     for files,most in (({*nbs}-{*guides} | {*(root/'README_files').iterdir()}, 6e6), (guides, 2e6)):
         size = sum(f.stat().st_size for f in files)
         assert size<most, f'{size/1e6:.1f} MB: run the notebooks by tools/run_nbs.py, or draw less'
@@ -102,8 +102,10 @@ def test_docs_build_strictly(forked):
     assert not [u for s in pages.values() for u in re.findall(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?:[^"]*)', s)] # no network
     check_reference(pages)
     found = json.loads(re.search(r'Search.setIndex\((.*)\)', (html/'searchindex.js').read_text('utf-8'))[1])
-    def pages_with(stem): return {found['docnames'][i] for i in [found['terms'].get(stem, [])] for i in (i if isinstance(i, list) else [i])}
-    assert 'howto/colours' in pages_with('transpar') & pages_with('threshold') and 'howto/several_gpus' in pages_with('gpus') | pages_with('gpu')
+    def pages_with(stem):
+        hits = [o for k in ('terms', 'titleterms') if (o := found[k].get(stem)) is not None]
+        return {found['docnames'][i] for o in hits for i in (o if isinstance(o, list) else [o])}
+    assert 'howto/colours' in pages_with('transpar') & pages_with('threshold') and 'howto/several_gpus' in pages_with('gpu') & pages_with('gpus')
     assert '<math' in pages['trust.focus.html'] and 'https://arxiv.org/abs/1610.02391' in pages['reference/learner.html']
 
 

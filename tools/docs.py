@@ -17,7 +17,7 @@ from sphinx.cmd.build import main as sphinx_build
 
 root = Path(__file__).absolute().parents[1]
 sys.path.insert(0, str(root/'tools'))
-from reference import PUBLIC,reference,tidy
+from reference import PUBLIC,receivers,reference,tidy
 
 nbs = get_config(root).nbs_path
 quarto_only = 'FrontmatterProc','clean_show_doc','add_fold'
@@ -97,6 +97,15 @@ def link(u, guide):
     found = [o for o,names in PUBLIC.items() if name in map(str.lower, names)] if guide and u[0]=='/' else []
     return (f'/reference/{found[0]}' if found else page(path)) + '.ipynb' + ('#'+name if name else '')
 
+def named(md):
+    "`md` with links from names as people write them, `show_gradcam` or `hm.plot()`, to the reference"
+    def to(m):
+        cls = next((k for k,v in receivers.items() if v==m[1]), 'Learner')
+        found = [(p,n) for p,names in PUBLIC.items() for n in (f'{cls}.{m[2]}', m[2]) if n in names and not (m[1] and n==m[2])]
+        return '[{}](/reference/{}.ipynb#{})'.format(m[0], found[0][0], found[0][1].lower()) if found else m[0]
+    parts = re.split(r'(^```.*?^```|^#[^\n]*)', md, flags=re.S|re.M) # code and headings stay as they are
+    return ''.join(o if i%2 else re.sub(r'(?<!\[)`(?:(learn|interp|hm)\.)?(\w+)(?:\([^`]*\))?`(?!\])', to, o) for i,o in enumerate(parts))
+
 def toctree(caption, names): return mk_cell('\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```']), 'markdown')
 
 def site(dest):
@@ -104,6 +113,9 @@ def site(dest):
     shutil.rmtree(dest, ignore_errors=True)
     src = Path(shutil.copytree(nbs, dest/'src', ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '[._]*')))
     books = {p: prep(fn, partial(link, guide=p not in groups['Internals'])) for p,fn in pages.items()}
+    for p in {*pages}-{*groups['Internals']}:
+        for c in books[p].cells:
+            if c.cell_type=='markdown': c.source = named(c.source)
     for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, noop) for c in cells])
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')

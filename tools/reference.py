@@ -3,6 +3,7 @@ import inspect,re,sys,textwrap
 
 import fastai.vision.all as fastai
 import fastai_heatmaps.all as ours
+from fastcore.docments import docments
 from fastcore.nbio import mk_cell
 from fastai_heatmaps._modidx import d
 
@@ -34,8 +35,8 @@ def returned(f):
     return '**Returns** ' + ': '.join(filter(None, [typ, said[1] if said else ''])) if typ or said else ''
 
 def params(f):
-    "Table of the parameters of `f`: their meanings stand in its docstring"
-    said = dict(re.findall(r'^  (\w+) +(.+)', (f.__doc__ or '').partition('\nParameters:\n')[2], re.M))
+    "Table of the parameters of `f`; what `f` passes on is explained in its docstring only"
+    said = {n: o for n,o in docments(f).items() if o} | dict(re.findall(r'^  (\w+) +(.+)', (f.__doc__ or '').partition('\nParameters:\n')[2], re.M))
     rows = []
     for n,p in inspect.signature(f).parameters.items():
         if n in ('self', 'kwargs'): continue
@@ -52,14 +53,15 @@ def signature(name, f):
     return name + tidy(re.sub(r'\(self[^,)]*(, )?', '(', str(sig), count=1))
 
 def example(name, home, books):
-    "The cell that shows `name` best, of page `home` or of another: with a picture if there is one, short, and no test"
+    "The cell that shows `name` best, and its page: with a picture if there is one, of the page `home`, short; tests are no examples"
     cls,_,n = name.rpartition('.')
     call,like = (rf'\b{receivers[cls]}\w*(\[[^\]]*\])?\.{n}\(', rf'\.{n}\(') if cls else (rf'(?<![\w.]){n}\b(?!\.)',)*2
+    def has_picture(c): return any('image/' in str(list(o.get('data', {}))) for o in c.outputs)
     def rank(pc):
         p,c = pc
-        pics = any('image/' in str(list(o.get('data', {}))) for o in c.outputs)
-        return not pics, not re.search(call, c.source), p!=home, bool(re.search(r'\bassert|\btest_', c.source)), c.source.count('\n')>11
+        return not has_picture(c), not re.search(call, c.source), p!=home, c.source.count('\n')>11
     cells = [(p,c) for p,b in books.items() for c in b.cells if c.cell_type=='code' and re.search(like, c.source)]
+    cells = [(p,c) for p,c in cells if has_picture(c) or not re.search(r'\bassert|\btest_', c.source)]
     return min(cells, key=rank, default=(home, None))
 
 def home_of(name, o):
