@@ -120,7 +120,7 @@ def site(dest):
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
     toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])
-    books['index'].cells += [toctree(*o) for o in toc.items()]
+    books['index'].cells += [toctree(k, names) for k,names in toc.items() if names]
     for p,b in books.items(): (src/f'{p}.ipynb').mk_write(nb2str(b), encoding='utf-8')
     (src/'changes.md').write_text(papers((root/'CHANGELOG.md').read_text('utf-8')), 'utf-8')
     if sphinx_build(['-qW', '-c', str(root/'docs'), '-d', str(dest/'doctrees'), str(src), str(dest/'html')]): sys.exit(1)
