@@ -9,7 +9,7 @@ from .methods.pixels import relu_rule
 from .data.images import ImageError, open_image
 from .data.draw import show_overlay
 from .data.heatmaps import Heatmaps
-from .data import files as _files # gives them `save`
+from .data import files as _files, boxes as _boxes, means as _means # give them `save`, `boxes` and `mean`
 from .data.store import load_heatmaps
 from .learner import core as _core, show as _show # give the Learner its methods
 from .learner.distributed import distrib_state, join_heatmaps

@@ -160,7 +160,7 @@ def test_public_names():
         get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture
         check_heatmaps sanity_check heatmap_focus heatmap_stability heatmap_report'''.split(): assert hasattr(fh.Learner, n)
     for n in 'top_losses_heatmaps confusion_heatmaps report'.split(): assert hasattr(fv.ClassificationInterpretation, n)
-    for n in 'show plot save report faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
+    for n in 'show plot save report boxes mean faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
 
 
 def test_furniture():
