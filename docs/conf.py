@@ -19,6 +19,7 @@ myst_heading_anchors = 4
 myst_heading_slug_func = 'docs.slug'
 suppress_warnings = ['myst.header']  # a page may go from its title straight to show_doc's third level
 html_math_renderer = 'mathml'
+copybutton_selector = ':not(.output) > div.highlight pre'  # code, not what it printed
 
 def setup(app):
     "Formulas as MathML, which browsers set without any script"

@@ -109,6 +109,25 @@ def test_docs_build_strictly(forked):
     assert '<math' in pages['trust.focus.html'] and 'https://arxiv.org/abs/1610.02391' in pages['reference/learner.html']
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info<(3,11), reason='the docs need myst-parser 5, which needs Python 3.11')
+def test_words_of_the_docs(monkeypatch):
+    "Types as people write them, papers as links, and names that lead to the reference; not those in code or headings, nor a parameter's to fastai"
+    monkeypatch.syspath_prepend(root/'tools')
+    from docs import documented, link, named, papers, tidy
+    assert tidy("(m: torch.nn.modules.module.Module, f: <built-in function callable>, p: <class 'fastai.vision.core.PILImage'>, d=torch.float32) -> pathlib.Path")==\
+        '(m: nn.Module, f: callable, p: PILImage, d=torch.float32) -> Path'
+    assert papers('(arXiv 1610.02391, doi 10.1109/TIP.2021.3089943) [arXiv 1.2]')==\
+        '([arXiv 1610.02391](https://arxiv.org/abs/1610.02391), [doi 10.1109/TIP.2021.3089943](https://doi.org/10.1109/TIP.2021.3089943)) [arXiv 1.2]'
+    assert named('`hm.plot()`, `show_gradcam`, `cls`, `hm.show_gradcam`')=='[`hm.plot()`](/reference/heatmaps.ipynb#heatmaps.plot), [`show_gradcam`](/reference/learner.ipynb#learner.show_gradcam), `cls`, `hm.show_gradcam`'
+    for o in ('# `show_gradcam`', '```\n`show_gradcam`\n```', '[`show_gradcam`](x)'): assert named(o)==o
+    assert documented('---\n\n### f\n\n```python\ndef f(\n    module, # A\n):\n```\n\n*Do [`module`](https://docs.fast.ai/layers.html#module) as [`Hook`](https://docs.fast.ai/x#hook)*')==\
+        '### `f`\n\n```python\ndef f(\n    module, # A\n):\n```\n\n*Do `module` as [`Hook`](https://docs.fast.ai/x#hook)*'
+    u = '/learner.show.html#learner.show_gradcam'
+    assert [link(u, o) for o in (True, False)]==['/reference/learner.ipynb#learner.show_gradcam', '/learner.show.ipynb#learner.show_gradcam']
+    assert [link(o, True) for o in ('../80_which_method.ipynb', 'https://x.org/a.html', '#here')]==['../which_method.ipynb', 'https://x.org/a.html', '#here']
+
+
 def dead_links(html, pages):
     "Page and address of each link within the site that leads nowhere"
     names = {p: {*re.findall(r'\bid="([^"]+)"', s)} for p,s in pages.items()}
