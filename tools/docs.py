@@ -30,7 +30,8 @@ def sidebar():
     "Caption -> pages and their notebooks, as nbs/_quarto.yml has them"
     def files(o): return sorted(nbs.glob(o['auto'])) if isinstance(o, dict) else [nbs/o]
     groups = yaml.safe_load((nbs/'_quarto.yml').read_text('utf-8'))['website']['sidebar']['contents']
-    return {o['section']: {page(f.relative_to(nbs)): f for c in o['contents'] for f in files(c)} for o in groups if 'section' in o}
+    return {o['section']: {page(f.relative_to(nbs)): f for c in o['contents'] for f in files(c)}
+            for o in groups if 'section' in o}
 
 groups = sidebar()
 pages = {'index': nbs/'index.ipynb', **{p:fn for g in groups.values() for p,fn in g.items()}}
@@ -48,14 +49,18 @@ def outputs(c):
         s = re.sub('<style.*?</style>', '', ''.join(d['text/html']), flags=re.S)  # GitHub shows a style as text
         d['text/html'] = re.sub('<table[^>]*', '<table class="docutils"', s)
     for d in ds:
-        if 'text/markdown' in d: d['text/markdown'] = papers(re.sub(r'\]\(/(?=\w)', '](', ''.join(d['text/markdown'])))  # nbdev's links begin at the root of a site
+        if 'text/markdown' not in d: continue
+        md = re.sub(r'\]\(/(?=\w)', '](', ''.join(d['text/markdown']))  # nbdev's links begin at the root of a site
+        d['text/markdown'] = papers(md)
     return [o for o,d in zip(c.outputs, ds) if not (pics and list(d)==['text/plain'])]
 
 def documented(md):
-    "What show_doc says: no rule, no source link (there's no git_url), and the name as code, or the underscores of `__call__` make it bold"
+    "What show_doc says, without a rule and a source link (there's no git_url)"
+    # the name as code, or the underscores of `__call__` make it bold
     md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.replace('__main__.', '')))
     params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
-    return re.sub(r'\[`(\w+)`\]\(https://docs.fast.ai[^)]*\)', lambda m: f'`{m[1]}`' if m[1] in params else m[0], md) # not fastai's of that name
+    # what is called like a parameter is the parameter, and nothing of fastai's
+    return re.sub(r'\[`(\w+)`\]\(https://docs.fast.ai[^)]*\)', lambda m: f'`{m[1]}`' if m[1] in params else m[0], md)
 
 def papers(s):
     "`s` with links to papers"
@@ -76,7 +81,10 @@ def prep(fn, link):
     proc.process()
     return book([clean(c, link) for c in proc.nb.cells])
 
-def book(cells): return dict2nb(cells=cells, metadata=dict(language_info=dict(name='python', pygments_lexer='ipython3')), nbformat=4, nbformat_minor=5)
+def book(cells):
+    "A notebook of `cells`"
+    meta = dict(language_info=dict(name='python', pygments_lexer='ipython3'))
+    return dict2nb(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5)
 
 def readme(dest):
     "Write README.md and README_files/ into `dest`"
@@ -104,19 +112,22 @@ def named(md):
         found = [(p,n) for p,names in PUBLIC.items() for n in (f'{cls}.{m[2]}', m[2]) if n in names and not (m[1] and n==m[2])]
         return '[{}](/reference/{}.ipynb#{})'.format(m[0], found[0][0], found[0][1].lower()) if found else m[0]
     parts = re.split(r'(^```.*?^```|^#[^\n]*)', md, flags=re.S|re.M) # code and headings stay as they are
-    return ''.join(o if i%2 else re.sub(r'(?<!\[)`(?:(learn|interp|hm)\.)?(\w+)(?:\([^`]*\))?`(?!\])', to, o) for i,o in enumerate(parts))
+    name = r'(?<!\[)`(?:(learn|interp|hm)\.)?(\w+)(?:\([^`]*\))?`(?!\])'
+    return ''.join(o if i%2 else re.sub(name, to, o) for i,o in enumerate(parts))
 
-def toctree(caption, names): return mk_cell('\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```']), 'markdown')
+def toctree(caption, names):
+    "A group of the sidebar"
+    return mk_cell('\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```']), 'markdown')
 
 def site(dest):
     "Write the site into `dest`/html; any warning fails"
     shutil.rmtree(dest, ignore_errors=True)
     src = Path(shutil.copytree(nbs, dest/'src', ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '[._]*')))
     books = {p: prep(fn, partial(link, guide=p not in groups['Internals'])) for p,fn in pages.items()}
-    for p in {*pages}-{*groups['Internals']}:
+    for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, noop) for c in cells])
+    for p in {*books}-{*groups['Internals']}:
         for c in books[p].cells:
             if c.cell_type=='markdown': c.source = named(c.source)
-    for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, noop) for c in cells])
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
     toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])

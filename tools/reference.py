@@ -28,6 +28,10 @@ def tidy(s):
 
 def cell(s): return s.replace('|', r'\|') # of a table
 
+def says(o):
+    "The first line of the docstring of a function or class; nothing for a value, whose type would speak"
+    return inspect.getdoc(o).partition('\n')[0] if callable(o) else ''
+
 def returned(f):
     "What comes back of `f`: its type, and what the comment beside it says"
     typ,said = inspect.signature(f).return_annotation,re.search(r'^ *\)[^#\n]*: *# (.+)', inspect.getsource(f), re.M)
@@ -36,8 +40,8 @@ def returned(f):
 
 def params(f):
     "Table of the parameters of `f`; what `f` passes on is explained in its docstring only"
-    said = {n: o for n,o in docments(f).items() if o} | dict(re.findall(r'^  (\w+) +(.+)', (f.__doc__ or '').partition('\nParameters:\n')[2], re.M))
-    rows = []
+    said,rows = {n: o for n,o in docments(f).items() if o},[]
+    said.update(re.findall(r'^  (\w+) +(.+)', (f.__doc__ or '').partition('\nParameters:\n')[2], re.M))
     for n,p in inspect.signature(f).parameters.items():
         if n in ('self', 'kwargs'): continue
         typ = '' if p.annotation is p.empty else tidy(inspect.formatannotation(p.annotation))
@@ -53,7 +57,7 @@ def signature(name, f):
     return name + tidy(re.sub(r'\(self[^,)]*(, )?', '(', str(sig), count=1))
 
 def example(name, home, books):
-    "The cell that shows `name` best, and its page: with a picture if there is one, of the page `home`, short; tests are no examples"
+    "The cell that shows `name` best, and its page: one with a picture, of the page `home`, short; tests are no examples"
     cls,_,n = name.rpartition('.')
     call,like = (rf'\b{receivers[cls]}\w*(\[[^\]]*\])?\.{n}\(', rf'\.{n}\(') if cls else (rf'(?<![\w.]){n}\b(?!\.)',)*2
     def has_picture(c): return any('image/' in str(list(o.get('data', {}))) for o in c.outputs)
@@ -75,7 +79,7 @@ def entry(name, o, books):
     f = o.__init__ if isinstance(o, type) else o
     own = getattr(f, '__module__', '').startswith('fastai_heatmaps.') and callable(f) # not what an exception inherits
     if own: md += [f'```python\n{signature(name, o)}\n```']
-    if callable(o): md += [inspect.getdoc(o).partition('\n')[0] + '.']
+    if callable(o): md += [says(o) + '.']
     if own: md += [params(f), returned(f)]
     if hasattr(o, '_repr_markdown_'): md += [o._repr_markdown_()]
     page,shown = example(name, home, books)
@@ -84,16 +88,19 @@ def entry(name, o, books):
     also = f' ([example](/{page}.ipynb))' if shown and page!=home else ''
     md += [f"More in [{heads[0].partition(chr(10))[0].strip('# ')}](/{home}.ipynb{there}){also}"]
     if inspect.isroutine(o) or isinstance(o, type):
-        md += [f'<details><summary>Source</summary>\n\n```python\n{textwrap.dedent(inspect.getsource(o)).rstrip()}\n```\n\n</details>']
+        source = textwrap.dedent(inspect.getsource(o)).rstrip()
+        md += [f'<details><summary>Source</summary>\n\n```python\n{source}\n```\n\n</details>']
     parts = ['\n\n'.join(filter(None, o)) for o in (md[:-2], md[-2:])]
-    return [mk_cell(parts[0], 'markdown'), *[mk_cell(c.source, outputs=c.outputs) for c in [shown] if c], mk_cell(parts[1], 'markdown')]
+    cells = [mk_cell(o, 'markdown') for o in parts]
+    if shown: cells.insert(1, mk_cell(shown.source, outputs=shown.outputs))
+    return cells
 
 def reference(books):
     "Page -> its cells; examples are taken from `books`, page -> prepared notebook"
     res = {}
     for p,group in PUBLIC.items():
         title,what = titles[p]
-        rows = [f"| [`{n.partition('.')[2] or n}`](#{n.lower()}) | {cell(inspect.getdoc(o).partition(chr(10))[0]) if callable(o) else ''} |" for n,o in group.items()]
+        rows = [f"| [`{n.partition('.')[2] or n}`](#{n.lower()}) | {cell(says(o))} |" for n,o in group.items()]
         md = '\n'.join([f'# {title}', '', f'> {what}', '', '| name | what it does |', '| --- | --- |', *rows])
         res[p] = [mk_cell(md, 'markdown'), *[c for n,o in group.items() for c in entry(n, o, books)]]
     return res
