@@ -104,6 +104,7 @@ def test_wheel(tmp_path):
     site = tmp_path/'site'
     subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', site, wheel], check=True)
     assert contents(site/'fastai_heatmaps', '*.py')==contents(root/'fastai_heatmaps', '*.py')
+    assert (site/'fastai_heatmaps'/'py.typed').exists()
     info, = site.glob('*.dist-info')
     assert script==f'fastai-heatmaps = {module}:main' and script in (info/'entry_points.txt').read_text()
     assert (info/'licenses'/'LICENSE').exists() and f"Version: {cfg['version']}" in (info/'METADATA').read_text('utf-8')
@@ -121,7 +122,7 @@ def test_public_names():
         get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture
         check_heatmaps sanity_check heatmap_focus heatmap_stability heatmap_report'''.split(): assert hasattr(fh.Learner, n)
     for n in 'top_losses_heatmaps confusion_heatmaps report'.split(): assert hasattr(fv.ClassificationInterpretation, n)
-    for n in 'show plot save report faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
+    for n in 'show plot save report boxes mean faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
 
 
 @pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if o.name in quick_nbs else pytest.mark.slow) for o in nbs])

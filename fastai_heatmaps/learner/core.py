@@ -11,7 +11,6 @@ from ..core.no_trace import no_trace
 from ..core.layers import find_layers, layer_names
 from ..core.targets import class_indices, as_list, is_per_image, check_per_image, is_targ
 from ..core.method import get_method, heatmap_methods
-from ..core.passes import check_bs
 from ..methods import cam, pixels, perturb, attention # which enter their methods into the registry
 from ..data.images import Images, to_images
 from ..data.heatmaps import Heatmaps
@@ -137,7 +136,6 @@ def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=N
                   **options
 ) -> tuple: # `Images`; `explain(images, rows, use)`, which hands the `Heatmaps` of each batch to `use`; `about()`, which gives `run_info`
     "Check the arguments of `get_heatmaps`, and prepare what it does"
-    check_bs(bs)
     f = get_method(method, **options)
     vocab,twin = output_names(learn),shadow(learn)
     if layer is not None and f.at_layer: layer = find_layers(twin.model, layer)
@@ -175,6 +173,7 @@ def get_heatmaps(self:Learner,
     **options # Of the method, such as `n` for 'rise'
 ) -> Heatmaps:
     "Explain many images, by the CAM methods at the cost of their predictions"
+    if method=='?': return heatmap_methods
     images,explain,about = plan_heatmaps(self, items, cls, method, layer, relu, topk, ds_idx, dl, bs, dtype, score,
                                          run, input, tta, **options)
     if out is None:

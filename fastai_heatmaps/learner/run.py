@@ -8,10 +8,11 @@ __all__ = ['shadow', 'shows_bars', 'output_names', 'blank', 'PassCallback', 'End
 # %% ../../nbs/30_learner.run.ipynb #rn000003
 from fastai.vision.all import *
 from ..core.no_trace import quiet, unwrap
-from ..core.inputs import of_input, layers_for
+from ..core.layers import tensors_in
+from ..core.inputs import with_tensors, of_input, layers_for
 from ..core.tasks import is_dense
 from ..core.passes import Pass, check_bs, clear_errors, recordable, person_looks
-from ..data.images import Images, OpenImage, image_dl, input_list
+from ..data.images import Images, OpenImage, image_dl, input_list, takes_several
 from contextlib import ExitStack, nullcontext
 from copy import copy
 from io import BytesIO
@@ -180,6 +181,9 @@ def blank(
     learn:Learner
 ) -> tuple: # A black image as the model takes it (1, C, H, W), if possible; a function that makes an input of pictures (n, C, H, W) in 0 to 1
     "Make an image as the DataLoaders of `learn` do, and a function that applies their `Normalize`"
+    if takes_several(learn.dls):
+        raise ValueError("this view is of models that take one picture, and this Learner's takes several inputs: "
+                         "show_feature_maps(item, input=1) shows what it makes of one of them")
     dl = image_dl(learn.dls, [np.zeros((224,224,3), dtype=np.uint8)])
     opens = any(isinstance(f, OpenImage) for f in input_list(dl.dataset).tfms.fs)
     if not opens and len(learn.dls.valid_ds): dl = learn.dls.valid
@@ -199,7 +203,7 @@ class PassCallback(Callback):
         use:callable, # Takes each `Pass`
         labels:Tensor=None, # The true classes, where they came with the images; None = the targets of the batch
         input:int=0, # Which of the model's inputs is explained
-        change:callable=None, # A function from a batch of its first input to what the model sees instead, of the same length
+        change:callable=None, # A function from a batch of that input to what the model sees instead, of the same length
         tta:bool=False, # Let each `Pass` look at several views, by `look_again`?
         **known # For `Pass`
     ):
@@ -209,7 +213,8 @@ class PassCallback(Callback):
     def __call__(self, event_name): return getattr(self, event_name, noop)()
 
     def before_batch(self):
-        xb = self.xb if self.change is None else (self.change(self.xb[0]), *self.xb[1:])
+        xb = self.xb
+        if self.change: xb = with_tensors(xb, (self.change(x) if i==self.input else x for i,x in enumerate(tensors_in(xb))))
         self.learn.xb = tuple(map(recordable, xb))
         model,self.inputs = of_input(self.model, self.xb, self.input)
         self.seen = ifnone(self.seen, model) # which remembers what it has found out about its layers
@@ -276,7 +281,7 @@ def run_passes(
     bs:int=None, # How many changed images are run at once
     score=None, # A function from the model's output to scores (n, c)
     keep:bool=False, # Keep each pass's graph, to be asked again?
-    change:callable=None, # A function from a batch of the model's first input to what it sees instead, of the same length
+    change:callable=None, # A function from a batch of the input that is explained to what the model sees instead, of the same length
     tta:bool=False # Let each `Pass` look at several views of the batch, by `look_again`?
 ):
     "Run `learn` on `images` inside `get_preds`, and hand the `Pass` of each batch to `use`"

@@ -142,8 +142,8 @@ def _subtract(a, b): # `b - a`, maps (k, h, w), at the larger of both sizes
 
 # %% ../../nbs/41_views.compare.ipynb #ce712a23
 def heatmap_difference(
-    before:Heatmaps,
-    after:Heatmaps # Of the same images and classes
+    before:Heatmaps, # Of one model
+    after:Heatmaps # Of another, of the same images and classes
 ) -> Heatmaps: # `after - before`, with the predictions of `after`, and the probabilities `before` in the titles
     "Subtract two models' heatmaps, each map divided by its own largest absolute value"
     _check_same(before, after)
