@@ -228,7 +228,7 @@ class Pass:
             self.autocast().__enter__()
             yield
 
-# %% ../../nbs/06_core.passes.ipynb #ps000041
+# %% ../../nbs/06_core.passes.ipynb #6c4918ec
 @patch
 def after(self:Pass,
     move, # A `Move`
