@@ -6,6 +6,7 @@ import fastai_heatmaps.all as ours
 from fastcore.docments import docments
 from fastcore.nbio import mk_cell
 from fastai_heatmaps._modidx import d
+from nbdev.doclinks import NbdevLookup
 
 def methods(cls): return {f'{cls.__name__}.{n}': f for n in vars(cls) if n[0]!='_' and
     inspect.isroutine(f := getattr(cls, n)) and f.__module__.startswith('fastai_heatmaps.')}
@@ -81,7 +82,7 @@ def entry(name, o, books):
     if own: md += [f'```python\n{signature(name, o)}\n```']
     if callable(o): md += [says(o) + '.']
     if own: md += [params(f), returned(f)]
-    if hasattr(o, '_repr_markdown_'): md += [o._repr_markdown_()]
+    if hasattr(o, '_repr_markdown_'): md += [NbdevLookup().linkify(o._repr_markdown_())] # the table of methods: to each its formula
     page,shown = example(name, home, books)
     heads = [c.source for c in books[home].cells if c.cell_type=='markdown']
     there = f'#{name.lower()}' if any(re.match(rf'#+ `{re.escape(name)}`', h) for h in heads) else ''
