@@ -14,7 +14,7 @@ masks and copies than usual, as the first column says."""
 import time, warnings
 from fastcore.script import call_parse
 
-fewer = dict(rise=dict(n=200), smoothgrad=dict(n=8), integrated_gradients=dict(steps=20), scorecam=dict(channels=96),
+fewer = dict(rise=dict(n=100), smoothgrad=dict(n=8), integrated_gradients=dict(steps=20), scorecam=dict(channels=96),
              occlusion=dict(window=56, stride=56)) # on photos
 
 

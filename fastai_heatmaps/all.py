@@ -16,6 +16,7 @@ from .learner.distributed import distrib_state, join_heatmaps
 from .views import interpret as _interpret, features as _features, class_image as _class_image # and so on
 from .views import architecture as _architecture, explore as _explore, report as _report
 from .views.compare import heatmap_difference, compare_learners
+from .views.log import LogHeatmaps
 from .trust import sanity as _sanity, focus as _focus, faithfulness as _faithfulness, inside as _inside # and their checks
 from .trust import stability as _stability, check as _check
 from .samples import demo_labels, demo_image, demo_learner

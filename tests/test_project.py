@@ -173,7 +173,7 @@ def test_wheel(tmp_path):
 def test_public_names():
     "Star-importing gives what users call and nothing else, and every Learner has its methods"
     names = {n for n in vars(fh) if n[0]!='_' and vars(fh)[n] is not getattr(fv, n, None)}
-    assert names=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
+    assert names=={'Heatmaps', 'ImageError', 'LogHeatmaps', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
                    'in_mask', 'join_heatmaps', 'layer_shapes', 'leaf_output', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
     for n in '''get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid compare_heatmaps distrib_heatmaps explore_heatmaps
         get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture

@@ -12,9 +12,10 @@ from .no_trace import quiet, unwrap, restoring, thread_modes, no_trace
 from .hooks import InputHook, gradients
 from .layers import tensors_in, as_map, no_map, layer_names
 from .targets import class_indices, is_targ
-from .tasks import find_task, activation, warn_if_saturated
+from .tasks import find_task, activation, is_dense, warn_if_saturated
 from .method import get_method, heatmap_methods, no_pictures
 from .inputs import with_tensors, OneInput, of_input
+from .moves import moves, moved, moved_back, mean_of_views
 from contextlib import nullcontext
 from copy import copy
 from fastcore.imports import IN_NOTEBOOK
@@ -170,6 +171,7 @@ class Pass:
         store_attr()
         for h in hooks: check_hook(h, model, *xb)
         self.x,self.grads = xb[0].detach().as_subclass(Tensor),{} # (a hook, the classes) -> gradients
+        self.moved = [] # a pass for each of `moves`, after `look_again`
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
         one_picture = self.x.ndim==4 and not isinstance(model, OneInput) # of several, each keeps its layout
         self.channels_last = one_picture and self.x.device.type=='cpu' # the layout of changed images, until the model refuses it
@@ -195,22 +197,28 @@ class Pass:
             cls = t.reshape(-1).as_subclass(Tensor).long()
         return class_indices(cls, self.probs, self.vocab, topk)
 
-    def explain(self, method, idxs, relu=None):
-        "Give the maps (n, k, h, w) of the classes `idxs` by a `Method`, float32 on the CPU; and what it reports, name -> (n, k)"
-        if method.by_gradients: warn_if_saturated(self.pred, idxs)
+    def ask(self, method, idxs):
+        "Give the signed maps (n, k, h, w) of this pass alone, and what the method reports"
         hooks = () if method.needs=='model' else self.hooks
         with self.again() if self.keep else nullcontext():
             probes = [Probe(self, idxs, h, last=h is hooks[-1]) for h in hooks] or [Probe(self, idxs)]
-            maps = fuse([method.maps(p) for p in probes])
+            return fuse([method.maps(p) for p in probes]),probes[0].info
+
+    def explain(self, method, idxs, relu=None):
+        "Give the maps (n, k, h, w) of the classes `idxs` by a `Method`, float32 on the CPU; and what it reports, name -> (n, k)"
+        if method.by_gradients: warn_if_saturated(self.pred, idxs)
+        (maps,*others),infos = zip(*[ran.ask(method, idxs) for ran in (self, *self.moved)])
+        if others: maps = mean_of_views(maps, others, self.x.shape[-2:])
+        info = {k:torch.stack([o[k] for o in infos]).mean(0) for k in infos[0]}
         if relu is None: relu = not self.task.signed
         knows_class = method.needs!='activations' # otherwise there is no evidence against it
         if relu and knows_class: maps = evidence_for(maps)
-        return maps.cpu(),probes[0].info
+        return maps.cpu(),info
 
     def at(self, *hooks):
         "This pass, asked at these of its `hooks` only; what it remembers is shared"
-        res = copy(self)
-        res.hooks = hooks
+        res,places = copy(self),[self.hooks.index(h) for h in hooks]
+        res.hooks,res.moved = hooks,[ran.at(*[ran.hooks[i] for i in places]) for ran in self.moved]
         return res
 
     @contextmanager
@@ -219,6 +227,37 @@ class Pass:
         with quiet(self.model), clear_errors(), restoring(thread_modes()):
             self.autocast().__enter__()
             yield
+
+# %% ../../nbs/06_core.passes.ipynb #6c4918ec
+@patch
+def after(self:Pass,
+    move, # A `Move`
+    watch:callable # `(model, *xb) ->` a context for the forward pass that gives hooks
+) -> Pass:
+    "Run the model again, on the batch after `move`"
+    if self.x.ndim!=4: raise no_pictures(self.x)
+    xb = tuple(moved(o, move) if o.ndim==4 else o for o in self.xb)
+    with torch.no_grad(), watch(self.model, *xb) as hooks: pred = self.model(*xb)
+    if is_dense(pred):
+        with torch.set_grad_enabled(len(hooks)>0): pred,_ = moved_back(pred, move, xb[0].shape[-2:])
+    return Pass(self.model, xb, pred, hooks, self.targs, self.vocab, self.loss_func, self.score, self.bs, self.bar, self.keep)
+
+# %% ../../nbs/06_core.passes.ipynb #ps000042
+@patch
+def mean(self:Pass,
+    k:str # 'scores' or 'probs'
+) -> Tensor: # (n, c)
+    "Average what the model says over all views"
+    return torch.stack([getattr(ran, k).detach().as_subclass(Tensor) for ran in (self, *self.moved)]).mean(0)
+
+# %% ../../nbs/06_core.passes.ipynb #ps000043
+@patch
+def look_again(self:Pass,
+    watch:callable # As for `after`, and as for this pass
+):
+    "Run the model after each of `moves` as well, so that maps and predictions are averages over all views"
+    self.moved = [self.after(o, watch) for o in moves]
+    self.probs = self.mean('probs')
 
 # %% ../../nbs/06_core.passes.ipynb #ps000009
 def _check_batch(xb): # what `model_heatmaps` was given
@@ -241,6 +280,7 @@ def model_heatmaps(
     bs:int=None, # How many changed images are run at once, for the methods that change them; None = 64, and 16 on a CPU
     bar:bool=None, # Show a progress bar where the model runs many times? None = where a person looks; see `person_looks`
     input:int=0, # Which of the model's inputs is explained, where it takes several
+    tta:bool=False, # Average maps and scores over six views of each image, at six times the cost? See `Pass.look_again`
     **options # Of the method, such as `n` for 'rise'
 ) -> tuple: # Maps (n, k, h, w), float32 on the CPU, not normalised; the model's scores (n, c)
     "Explain what a plain model says about a batch, in one forward pass, or in what the table of methods says"
@@ -253,4 +293,5 @@ def model_heatmaps(
         xb = tuple(map(recordable, xb))
         with f.watch(model, *xb, layer=layer) as hooks: pred = model(*xb)
         ran = Pass(model, xb, pred, hooks, score=score, bs=bs, bar=ifnone(bar, person_looks()))
-        return ran.explain(f, ran.pick(cls), relu)[0],ran.scores.detach().as_subclass(Tensor)
+        if tta: ran.look_again(partial(f.watch, layer=[h.m for h in hooks] if f.at_layer else None))
+        return ran.explain(f, ran.pick(cls), relu)[0],ran.mean('scores')
