@@ -87,12 +87,11 @@ def entry(name, o, books):
     heads = [c.source for c in books[home].cells if c.cell_type=='markdown']
     there = f'#{name.lower()}' if any(re.match(rf'#+ `{re.escape(name)}`', h) for h in heads) else ''
     also = f' ([example](/{page}.ipynb))' if shown and page!=home else ''
-    md += [f"More in [{heads[0].partition(chr(10))[0].strip('# ')}](/{home}.ipynb{there}){also}"]
+    more = [f"More in [{heads[0].partition(chr(10))[0].strip('# ')}](/{home}.ipynb{there}){also}"]
     if inspect.isroutine(o) or isinstance(o, type):
         source = textwrap.dedent(inspect.getsource(o)).rstrip()
-        md += [f'<details><summary>Source</summary>\n\n```python\n{source}\n```\n\n</details>']
-    parts = ['\n\n'.join(filter(None, o)) for o in (md[:-2], md[-2:])]
-    cells = [mk_cell(o, 'markdown') for o in parts]
+        more += [f'<details><summary>Source</summary>\n\n```python\n{source}\n```\n\n</details>']
+    cells = [mk_cell('\n\n'.join(filter(None, o)), 'markdown') for o in (md, more)]
     if shown: cells.insert(1, mk_cell(shown.source, outputs=shown.outputs))
     return cells
 
