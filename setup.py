@@ -16,6 +16,7 @@ setup(
     keywords=cfg['keywords'].split(), classifiers=rows('classifiers'),
     long_description=(here/'README.md').read_text('utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(here, include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
+    package_data={cfg['lib_path']: ['py.typed']},
     python_requires=f">={cfg['min_python']}", install_requires=rows('requirements'),
     extras_require={o: rows(f'{o}_requirements') for o in ('app', 'demo', 'distrib', 'explore', 'dev')},
     entry_points={'console_scripts': rows('console_scripts'), 'nbdev': [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},

@@ -9,9 +9,10 @@ __all__ = ['restoring', 'FunctionMode', 'thread_modes', 'random_numbers', 'no_tr
 # %% ../../nbs/00_core.no_trace.ipynb #11bddc12
 from fastai.basics import *
 from fastai.callback.hook import Hook
+from difflib import get_close_matches
 from functools import wraps
 from torch.overrides import TorchFunctionMode
-import inspect,operator,sys,threading,traceback
+import inspect,operator,re,sys,threading,traceback
 
 # %% ../../nbs/00_core.no_trace.ipynb #b62420ec
 _local = threading.local() # its `undo` lists what the call in progress on this thread has yet to put back
@@ -93,6 +94,14 @@ def _figures(): # a function that closes the figures that are opened from now on
             if n not in known: plt.close(n)
     return close
 
+# %% ../../nbs/00_core.no_trace.ipynb #nt000023
+def _hint(f, kwargs, e): # adds to the error `e` which of the arguments of `f` was meant by one of `kwargs` that nobody knows
+    name = re.search(r"(?:no option|unexpected keyword argument) '(\w+)'", str(e))
+    takes = inspect.signature(f).parameters
+    if not name or name[1] not in kwargs or name[1] in takes: return
+    close = get_close_matches(name[1], takes, n=1)
+    if close and 'did you mean' not in str(e): e.args = f'{e}; did you mean {close[0]!r}?',
+
 # %% ../../nbs/00_core.no_trace.ipynb #nt000016
 def no_trace(
     f:callable # Any function
@@ -116,7 +125,8 @@ def no_trace(
                 put_back()
                 return res
             except BaseException as e:
-                if not isinstance(e, Exception): traceback.clear_frames(e.__traceback__) # ends contexts that only it keeps alive
+                if isinstance(e, Exception): _hint(_inner, kwargs, e)
+                else: traceback.clear_frames(e.__traceback__) # ends contexts that only it keeps alive
                 put_back()
                 close()
                 raise

@@ -8,6 +8,7 @@ __all__ = ['split_kwargs']
 # %% ../../nbs/32_learner.show.ipynb #sh000003
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
+from ..core.method import heatmap_methods
 from ..data.images import Images, as_items, some_places
 from ..data.heatmaps import Heatmaps
 from .run import shadow
@@ -38,6 +39,7 @@ def show_heatmap(self:Learner,
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Show why the model sees `cls` in `img`, by any method"
+    if method=='?': return heatmap_methods
     if isinstance(img, (list, L)):
         raise ValueError("expected one image, or an item of several as a tuple; "
                          "for a list of them use plot_heatmap_grid or get_heatmaps")
@@ -113,6 +115,7 @@ def plot_heatmap_grid(self:Learner,
     **kwargs
 ): # An array of Axes, rows × columns
     "Show images of the validation set, each beside its heatmaps, titled in green if the model is right and in red if it is wrong"
+    if method=='?': return heatmap_methods
     if n<1: raise ValueError(f"n is {n}; expected at least 1")
     if items is not None: items = as_items(items)
     total = len(self.dls.valid_ds if items is None else items)
