@@ -157,7 +157,7 @@ def show_overlay(
     if colorbar: add_bar(im, [ctx])
     return ctx
 
-# %% ../../nbs/22_data.draw.ipynb #dr000072
+# %% ../../nbs/22_data.draw.ipynb #d08b434a
 def regions(
     hmap:Tensor, # (H, W), as large as the picture; NaN where the model did not see it
     level:float # What is at least this strong belongs to a region; nothing does, unless it is positive

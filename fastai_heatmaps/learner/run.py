@@ -275,7 +275,7 @@ def unwatched(
     "Watch nothing, in passes of which only the output counts"
     return nullcontext([])
 
-# %% ../../nbs/30_learner.run.ipynb #rn000040
+# %% ../../nbs/30_learner.run.ipynb #49492c97
 def _finds_points(dls): # or boxes, which are two points each
     tls = nested_attr(dls, 'valid_ds.tls') or []
     types = [t for tl in tls for o in tl.types or [] for t in listify(o)]
