@@ -4,7 +4,6 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from fastcore.basics import noop
 from fastcore.nbio import dict2nb,mk_cell,nb2str
 from fastcore.script import call_parse
 import fastcore.xtras  # gives paths `mk_write`
@@ -124,7 +123,7 @@ def site(dest):
     shutil.rmtree(dest, ignore_errors=True)
     src = Path(shutil.copytree(nbs, dest/'src', ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '[._]*')))
     books = {p: prep(fn, partial(link, guide=p not in groups['Internals'])) for p,fn in pages.items()}
-    for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, noop) for c in cells])
+    for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, partial(link, guide=False)) for c in cells])
     for p in {*books}-{*groups['Internals']}:
         for c in books[p].cells:
             if c.cell_type=='markdown': c.source = named(c.source)

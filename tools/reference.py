@@ -6,6 +6,7 @@ import fastai_heatmaps.all as ours
 from fastcore.docments import docments
 from fastcore.nbio import mk_cell
 from fastai_heatmaps._modidx import d
+from nbdev.doclinks import NbdevLookup
 
 def methods(cls): return {f'{cls.__name__}.{n}': f for n in vars(cls) if n[0]!='_' and
     inspect.isroutine(f := getattr(cls, n)) and f.__module__.startswith('fastai_heatmaps.')}
@@ -81,17 +82,16 @@ def entry(name, o, books):
     if own: md += [f'```python\n{signature(name, o)}\n```']
     if callable(o): md += [says(o) + '.']
     if own: md += [params(f), returned(f)]
-    if hasattr(o, '_repr_markdown_'): md += [o._repr_markdown_()]
+    if hasattr(o, '_repr_markdown_'): md += [NbdevLookup().linkify(o._repr_markdown_())] # the table of methods: to each its formula
     page,shown = example(name, home, books)
     heads = [c.source for c in books[home].cells if c.cell_type=='markdown']
     there = f'#{name.lower()}' if any(re.match(rf'#+ `{re.escape(name)}`', h) for h in heads) else ''
     also = f' ([example](/{page}.ipynb))' if shown and page!=home else ''
-    md += [f"More in [{heads[0].partition(chr(10))[0].strip('# ')}](/{home}.ipynb{there}){also}"]
+    more = [f"More in [{heads[0].partition(chr(10))[0].strip('# ')}](/{home}.ipynb{there}){also}"]
     if inspect.isroutine(o) or isinstance(o, type):
         source = textwrap.dedent(inspect.getsource(o)).rstrip()
-        md += [f'<details><summary>Source</summary>\n\n```python\n{source}\n```\n\n</details>']
-    parts = ['\n\n'.join(filter(None, o)) for o in (md[:-2], md[-2:])]
-    cells = [mk_cell(o, 'markdown') for o in parts]
+        more += [f'<details><summary>Source</summary>\n\n```python\n{source}\n```\n\n</details>']
+    cells = [mk_cell('\n\n'.join(filter(None, o)), 'markdown') for o in (md, more)]
     if shown: cells.insert(1, mk_cell(shown.source, outputs=shown.outputs))
     return cells
 
