@@ -18,6 +18,6 @@ setup(
     packages=find_packages(here, include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
     package_data={cfg['lib_path']: ['py.typed']},
     python_requires=f">={cfg['min_python']}", install_requires=rows('requirements'),
-    extras_require={o: rows(f'{o}_requirements') for o in ('demo', 'distrib', 'explore', 'dev')},
+    extras_require={o: rows(f'{o}_requirements') for o in ('app', 'demo', 'distrib', 'explore', 'dev')},
     entry_points={'console_scripts': rows('console_scripts'), 'nbdev': [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
 )

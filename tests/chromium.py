@@ -48,12 +48,12 @@ class Chromium:
         return got['result']
 
     def open(self, path, width=1280, height=900, dark=False, script=True):
-        "Load the file `path`"
+        "Load the file `path`, or an address"
         self.events.clear()
         self('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False)
         self('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value='dark' if dark else 'light')])
         self('Emulation.setScriptExecutionDisabled', value=not script)
-        self('Page.navigate', url=path.absolute().as_uri())
+        self('Page.navigate', url=path if isinstance(path, str) else path.absolute().as_uri())
         while not any(o['method']=='Page.loadEventFired' for o in self.events): self.events.append(self.read())
         return self
 
@@ -73,6 +73,18 @@ class Chromium:
         "Click into the middle of an element"
         x,y = self.js(f'(() => {{ const o = document.querySelector({json.dumps(selector)}); o.scrollIntoView({{block: "center"}}); const b = o.getBoundingClientRect(); return [b.x+b.width/2, b.y+b.height/2] }})()')
         for type in ('mousePressed', 'mouseReleased'): self('Input.dispatchMouseEvent', type=type, x=x, y=y, button='left', clickCount=1)
+
+    def put(self, selector, file):
+        "Put a file into a field for files"
+        field = self('Runtime.evaluate', expression=f'document.querySelector({json.dumps(selector)})')['result']['objectId']
+        self('DOM.setFileInputFiles', files=[str(file)], objectId=field)
+
+    def wait(self, code, seconds=30):
+        "Wait until an expression is true"
+        end = time.time()+seconds
+        while not self.js(f"!!({code})"):
+            if time.time()>end: raise TimeoutError(f'never true: {code}')
+            time.sleep(.05)
 
     def settle(self):
         "Wait until two frames are painted"

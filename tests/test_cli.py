@@ -83,14 +83,14 @@ for args in sys.argv[1:]:
     try: print('code', main(args.split()))
     except SystemExit as e: print('code', e.code)
 print(__file__ if '__file__' in globals() else '', *[o for o in ('fastai', 'torch', 'numpy', 'matplotlib', 'PIL', 'pandas') if o in sys.modules])"""
-    args = ['--version', '--help', 'gradcam --help', 'grid --help', 'methods --help', 'demo --help',
+    args = ['--version', '--help', 'gradcam --help', 'grid --help', 'methods --help', 'demo --help', 'app --help', 'space --help',
             '', 'nope', 'gradcam', 'gradcam x.pkl', 'gradcam x.pkl x.jpg', 'gradcam x.pkl x.jpg --top 0', 'gradcam x.pkl x.jpg --top 2 --cls a', 'gradcam x.pkl x.jpg --nope', 'methods x',
             'gradcam x.pkl x.jpg --format gif', 'gradcam x.pkl x.jpg --vocab a,b', 'gradcam x.pkl x.jpg --arch resnet18', 'gradcam x.pkl x.jpg --arch resnet18 --vocab a', 'gradcam x.pkl x.jpg --arch resnet18 --vocab a,b,a',
             'grid x.pkl x.jpg --out grid.gif', 'gradcam no.pkl x.jpg', 'gradcam x.pkl *.png', 'gradcam x.pkl .hidden', 'grid x.pkl x.jpg --trust --out x.jpg']
     res = subprocess.run([sys.executable, '-c', code, *args], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(site)}, capture_output=True, text=True)
-    assert [l for l in res.stdout.splitlines() if l.startswith('code')]==['code 0']*6+['code 2']*14+['code 2']+['code 1']*4, res.stdout+res.stderr
+    assert [l for l in res.stdout.splitlines() if l.startswith('code')]==['code 0']*8+['code 2']*14+['code 2']+['code 1']*4, res.stdout+res.stderr
     assert res.stdout.splitlines()[-1].strip()=='' and 'Traceback' not in res.stderr, res.stdout+res.stderr
-    assert res.stdout.count('examples:')==3 and res.stdout.count('exit codes: 0')==5
+    assert res.stdout.count('examples:')==3 and res.stdout.count('exit codes: 0')==7
     for o in ("'x.pkl' was not opened", 'add --trust', '--vocab goes with --arch', "gives 1 class;", "the class 'a' twice", "no file 'no.pkl'", "no images found in '*.png'", "there is no file '.hidden'", '--overwrite'): assert o in res.stderr, o
 
 

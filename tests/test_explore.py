@@ -5,7 +5,9 @@ from test_no_trace import state, same
 from test_tasks import task_learner, task_dls, three_numbers, tags, mask
 from fastai_heatmaps.core import passes
 from fastai_heatmaps.methods import changed
-from fastai_heatmaps.views.explore import Passes
+from fastai_heatmaps.data.images import to_images
+from fastai_heatmaps.learner.kept import Passes
+from fastai_heatmaps.learner.run import output_names
 
 pytest.importorskip('ipywidgets')
 
@@ -26,6 +28,7 @@ class Counts:
 
 
 def parts(ui): return ui.children[2],*ui.children[0].children,ui.children[1]
+def passes_of(learn, item): return Passes(learn, to_images(learn.dls, [item], vocab=output_names(learn)))
 def pixels(pic): return np.array(Image.open(io.BytesIO(pic.value)).convert('RGB')).astype(float)
 def setter(o, value): return lambda: setattr(o, 'value', value)
 
@@ -54,7 +57,7 @@ def test_costs(learn, file, monkeypatch):
 @pytest.mark.parametrize('method', [o for o in heatmap_methods if o not in ('rise', 'occlusion', 'scorecam')])
 def test_equal_to_get_heatmaps(method, pics, file):
     learn = learner_for(method, pics)
-    passes = Passes(learn, (file, 'Red'))
+    passes = passes_of(learn, (file, 'Red'))
     body_only,tops = heatmap_methods[method].needs in ('input', 'model') or method=='cam',[]
     inner = [('Red', None)] if body_only else [('Red', '0.6'), (0, '0.6'), (1, '0.6')]
     for cls,layer in [(None, None), (1, None), (0, None), *inner, ('targ', None)]:
@@ -73,7 +76,7 @@ def test_other_tasks(block, get_y, pics, file):
     else: learn = task_learner(pics, block, get_y)
     before = state(learn.model, learn)
     pic,classes,methods,layers,opacity,note = parts(learn.explore_heatmaps(file, cls=1))
-    passes = Passes(learn, file)
+    passes = passes_of(learn, file)
     for c in (1, 0, 2):
         for method in ('gradcam', 'saliency'):
             hm,want = passes.heatmaps(c, method),learn.get_heatmaps(file, c, method)
@@ -140,7 +143,7 @@ def test_warnings_are_shown(pics, file):
 
 @pytest.mark.parametrize('change', ['data', 'buffer', 'model'])
 def test_a_changed_model_is_run_again(change, learn, file):
-    passes = Passes(learn, file)
+    passes = passes_of(learn, file)
     passes.heatmaps(0)
     if change=='data': learn.model[1][-1].weight.data.mul_(-2) # as fastai's optimisers do it
     if change=='buffer': learn.model[0][1].running_mean += 1

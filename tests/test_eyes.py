@@ -5,8 +5,9 @@ from fastai_heatmaps.cli.main import main
 from fastai_heatmaps.core.passes import recordable
 from fastai_heatmaps.data import store
 from fastai_heatmaps.data.drawn import is_drawn
+from fastai_heatmaps.data.images import to_images
 from fastai_heatmaps.views import compare
-from fastai_heatmaps.views.explore import Passes
+from fastai_heatmaps.learner.kept import Passes
 
 
 threads = """
@@ -147,7 +148,7 @@ def test_compare_and_explore_each_input(pairs, monkeypatch):
         want = learn.get_heatmaps([items[0]], input=i)
         learn.compare_heatmaps(items[0], method=['gradcam', 'saliency'], input=i)
         learn.compare_heatmaps(items[0], layer=['body.0', 'body.1'], input=i)
-        found = [drawn[0], drawn[3], Passes(learn, items[0], input=i).heatmaps()]
+        found = [drawn[0], drawn[3], Passes(learn, to_images(learn.dls, [items[0]], input=i)).heatmaps()]
         assert len(drawn)==4 and all(hm.images.input==i and torch.equal(hm.image(0), want.image(0)) for hm in drawn)
         for hm in found: torch.testing.assert_close(hm.maps, want.maps)
 

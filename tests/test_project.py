@@ -43,7 +43,7 @@ def test_metadata():
     assert d.version==cfg['version'], 'install again: pip install -e .'
     assert [f'{o.name} = {o.value}' for o in d.entry_points if o.group=='console_scripts']==rows('console_scripts')
     assert set(rows('requirements')) <= set(d.requires)
-    for extra in ('demo', 'distrib', 'explore', 'dev'): assert len([o for o in d.requires if re.search(f'extra == .{extra}', o)])==len(rows(f'{extra}_requirements'))
+    for extra in ('app', 'demo', 'distrib', 'explore', 'dev'): assert len([o for o in d.requires if re.search(f'extra == .{extra}', o)])==len(rows(f'{extra}_requirements'))
     assert f"## {cfg['version']}" in (root/'CHANGELOG.md').read_text('utf-8')
 
 
@@ -53,7 +53,7 @@ def test_bounds():
     oldest = module_from_spec(spec)
     spec.loader.exec_module(oldest)
     keys = [k for k in cfg if k.endswith('requirements')]
-    assert {*oldest.users, 'dev_requirements'}=={*keys} and len(keys)==5
+    assert {*oldest.users, 'dev_requirements'}=={*keys} and len(keys)==6
     for k in keys:
         wanted = [o for o in rows(k) if not o.startswith('fastai_heatmaps')]
         got = oldest.bounds(oldest.settings(), k)
@@ -177,7 +177,7 @@ def test_public_names():
                    'in_mask', 'join_heatmaps', 'layer_shapes', 'leaf_output', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
     for n in '''get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid compare_heatmaps distrib_heatmaps explore_heatmaps
         get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture
-        check_heatmaps sanity_check heatmap_focus heatmap_stability heatmap_report'''.split(): assert hasattr(fh.Learner, n)
+        check_heatmaps sanity_check heatmap_focus heatmap_stability heatmap_report heatmap_app'''.split(): assert hasattr(fh.Learner, n)
     for n in 'top_losses_heatmaps confusion_heatmaps report'.split(): assert hasattr(fv.ClassificationInterpretation, n)
     for n in 'show plot save report boxes mean faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
 

@@ -5,9 +5,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 root = Path(__file__).absolute().parents[1]
-users = 'requirements','demo_requirements','distrib_requirements','explore_requirements'
+users = 'requirements','app_requirements','demo_requirements','distrib_requirements','explore_requirements'
 # Developers' packages need newer ones of some of the users', so the users' are tried first, by tests that need pytest alone
-user_tests = 'formulas core models files exif explore samples'.split()
+user_tests = 'formulas core models files exif explore app samples'.split()
 dev_tests = 'peers cli contributing'.split()
 
 def settings():
@@ -44,7 +44,7 @@ def try_oldest(venv, cfg):
     of_users,of_devs = bounds(cfg, *users),bounds(cfg, 'dev_requirements')
     pytest = [f'{o}=={of_devs[o]}' for o in ('pytest', 'pytest-xdist')]
     def test(names): return run(python, '-m', 'pytest', '-m', 'not slow', *[f'tests/test_{o}.py' for o in names])
-    steps = [('install for users', lambda: run(*pip, 'install', '-q', *pins(venv/'users.txt', of_users), *pytest, '.[demo,distrib,explore]')),
+    steps = [('install for users', lambda: run(*pip, 'install', '-q', *pins(venv/'users.txt', of_users), *pytest, '.[app,demo,distrib,explore]')),
              ('list', lambda: run(*pip, 'list')), ('test', lambda: test(user_tests)),
              ('install for developers', lambda: run(*pip, 'install', '-q', *pins(venv/'devs.txt', of_devs), '-e', '.[dev]')),
              ('list', lambda: run(*pip, 'list')), ('test', lambda: test(dev_tests))]

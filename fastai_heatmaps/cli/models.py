@@ -32,22 +32,26 @@ class _Missing: # takes the place of a function that cannot be imported
 
 # %% ../../nbs/71_cli.models.ipynb #c1000011
 def pickle_without(
-    missing:list # Gets the name of each thing that cannot be imported
+    missing:list, # Gets the name of each thing that cannot be imported
+    used:set # Gets the name of each package or module that is imported from
 ): # What `torch.load` takes as `pickle_module`
     "Make a pickle module that loads what can be loaded"
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if module.startswith('pathlib') and name in ('PosixPath', 'WindowsPath'): return Path
-            try: return super().find_class(module, name)
+            try: found = super().find_class(module, name)
             except (ImportError, AttributeError):
                 missing.append(f'{module}.{name}')
                 return _Missing(missing[-1])
+            used.add(module.split('.')[0])
+            return found
     return SimpleNamespace(__name__='pickle', Unpickler=Unpickler, load=pickle.load, UnpicklingError=pickle.UnpicklingError)
 
 # %% ../../nbs/71_cli.models.ipynb #c1000013
 def exported_learner(
     path:Path, # A file that `learn.export` wrote
-    device=None # Where to run it; None = a GPU if there is one, else the CPU
+    device=None, # Where to run it; None = a GPU if there is one, else the CPU
+    used:set=None # As for `pickle_without`
 ): # Learner
     "Load the Learner in `path`, which runs the code in that file"
     from fastai.vision.all import Learner, load_learner, default_device
@@ -55,7 +59,7 @@ def exported_learner(
     missing = []
     try:
         check_kind(path, "export the Learner itself, with learn.export()")
-        learn = load_learner(path, device.type=='cpu', pickle_without(missing))
+        learn = load_learner(path, device.type=='cpu', pickle_without(missing, set() if used is None else used))
         if not isinstance(learn, Learner): raise TypeError('it is something else')
     except Exception as e:
         why = 'it is something else' if "attribute 'dls'" in str(e) else one_line(e)
@@ -208,7 +212,8 @@ def open_learner(
     vocab:str=None, # As for `read_vocab`
     size:int=None, # See `weights_learner`; None = 224
     cpu:bool=False, # Use the CPU even if there is a GPU?
-    bar:bool=False # Show progress bars?
+    bar:bool=False, # Show progress bars?
+    used:set=None # As for `exported_learner`
 ): # Learner
     "Load the Learner in the file `model`, which must not run code unless `trust` says so"
     path = Path(model)
@@ -217,6 +222,6 @@ def open_learner(
     import torch, fastai_heatmaps.all
     from fastai.callback.progress import ProgressCallback
     device = torch.device('cpu') if cpu else None
-    learn = exported_learner(path, device) if arch is None else weights_learner(path, arch, names, size or 224, device)
+    learn = exported_learner(path, device, used) if arch is None else weights_learner(path, arch, names, size or 224, device)
     if not bar: learn.remove_cb(ProgressCallback)
     return learn

@@ -12,18 +12,18 @@ from fastcore.xml import H1, H2, H3, P, A, Div, Span, Small, Dl, Dt, Dd, Details
 from fastcore.xml import Figure, Figcaption, Img, Canvas, Fieldset, Legend, Label, Input, Button, Select, Option
 from fastcore.xml import Table, Thead, Tbody, Tr, Th, Td
 from .. import __version__
-from ..core.no_trace import no_trace, unwrap
+from ..core.no_trace import no_trace
 from ..core.layers import find_layers
 from ..core.method import get_method
 from ..core.tasks import tasks, own_loss
 from ..data.drawn import check_free, drawn_by
 from ..data.files import whole_file
 from ..data.images import to_images, own_test_dl, some_places
-from ..data.draw import styles, color_scale, enlarged, as_png
+from ..data.draw import styles, color_scale, color_words, enlarged, as_png
 from ..data.heatmaps import Heatmaps
 from ..data.means import Mean, map_of, mean_title
 from ..learner.core import explain_images
-from ..learner.run import shadow, output_names, unwatched, run_passes
+from ..learner.run import shadow, output_names, model_name, unwatched, run_passes
 from base64 import b64encode
 from datetime import datetime
 from hashlib import sha256
@@ -221,11 +221,7 @@ def _order(losses, n, seed): # the places of the photos that are shown
     return sorted(some_places(len(losses), n, seed))
 
 # %% ../../nbs/46_views.report.ipynb #re000030
-def _model(learn): # what it is called
-    arch,model = getattr(learn, 'arch', None),unwrap(learn.model)
-    return arch if isinstance(arch, str) else getattr(arch, '__name__', type(model).__name__)
-
-def _title(learn): return 'Heatmap report' + (f': {_model(learn)}' if hasattr(learn, 'arch') else '')
+def _title(learn): return 'Heatmap report' + (f': {model_name(learn)}' if hasattr(learn, 'arch') else '')
 
 def _how_many(n, losses): # photos are shown, of those with these `losses`
     total,by_loss = len(losses),None not in losses
@@ -239,7 +235,7 @@ def _how_right(pairs): # of a set
 
 def _about(learn, hm, photos, pairs, more): # rows of terms and what they stand for; `more` of them: metrics and the like
     c,h,w = hm.preds.shape[1],*hm.maps[0].shape[1:]
-    rows = [] if learn is None else [('model', f'{_model(learn)}, {total_params(learn.model)[0]:,} parameters')]
+    rows = [] if learn is None else [('model', f'{model_name(learn)}, {total_params(learn.model)[0]:,} parameters')]
     if hm.vocab is None: rows.append(('outputs', f'{c:,}'))
     else: rows.append(('classes', Details(Summary(f'{c:,}'), ft('bdi', ', '.join(map(str, hm.vocab))))))
     rows.append(('photos', photos))
@@ -500,9 +496,7 @@ def _page(title, sections, signed): # its photos go where the first `Slot` is, a
                 Meta(http_equiv='Content-Security-Policy', content=allowed), Link(rel='icon', href='data:,'),
                 Meta(name='viewport', content='width=device-width, initial-scale=1'), Title(title), Style(Safe(_css)))
     note = Noscript(P('The maps are drawn by a script, which is turned off here. The photos and answers are all there.'))
-    what = 'Bright is where the model finds evidence for a class'
-    if signed: what = 'Red is where the model finds evidence for a class, and blue evidence against it'
-    how = P(f'{what}; a line goes round what is above half of the scale.', cls='soft')
+    how = P(color_words(signed), cls='soft')
     keys = P('The arrow keys lead from photo to photo, and 1 to 9 choose a map.', cls='soft keys')
     begin = Section(H2('Photos'), note, how, keys, id='begin')
     photos = begin,_tools(signed, ramp),Section(Slot(), id='photos', aria_label='Photos')
