@@ -18,6 +18,7 @@ titles = dict(learner=('Learner', 'What every Learner can do once the package is
     interpretation=('Interpretation', "What fastai's `Interpretation` and `ClassificationInterpretation` can do besides."),
     heatmaps=('Heatmaps', 'What `get_heatmaps` gives: maps, with what the model said of each image.'),
     functions=('Functions', 'The other names that `from fastai_heatmaps.all import *` gives.'))
+tables = {n: NbdevLookup().linkify(o._repr_markdown_()) for n,o in names.items() if hasattr(o, '_repr_markdown_')} # before notebooks add methods
 receivers = dict(Learner='learn', Interpretation='interp', Heatmaps='hm')
 
 def tidy(s):
@@ -82,7 +83,7 @@ def entry(name, o, books):
     if own: md += [f'```python\n{signature(name, o)}\n```']
     if callable(o): md += [says(o) + '.']
     if own: md += [params(f), returned(f)]
-    if hasattr(o, '_repr_markdown_'): md += [NbdevLookup().linkify(o._repr_markdown_())] # the table of methods: to each its formula
+    if name in tables: md += [tables[name]]
     page,shown = example(name, home, books)
     heads = [c.source for c in books[home].cells if c.cell_type=='markdown']
     there = f'#{name.lower()}' if any(re.match(rf'#+ `{re.escape(name)}`', h) for h in heads) else ''
