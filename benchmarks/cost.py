@@ -98,6 +98,27 @@ def folder_learner(path, n, bs, arch=None):
     return vision_learner(dls, arch or resnet34, pretrained=False, normalize=False)
 
 
+def checks(path, reps, n=64, bs=16):
+    "Focus and faithfulness against the forward passes that they need, which are counted by hand"
+    from fastai_heatmaps.all import torch, nn, noop, resnet18
+    learn = folder_learner(path, n+2, bs, resnet18)
+    x,mosaic = torch.randn(bs, 3, 224, 224, device=learn.dls.device),torch.randn(bs//4, 3, 448, 448, device=learn.dls.device)
+    def passes(*batches):
+        with torch.no_grad():
+            for b,times in batches:
+                for _ in range(times): learn.model.eval()(b)
+    with learn.no_bar(), learn.no_logging():
+        last = learn.model[1][-1]
+        last.bias = nn.Parameter(-learn.get_preds(act=noop)[0].mean(0).to(x)) # so that it names either class now and then
+        photos = list(learn.dls.valid.items) # without labels, what it says is right
+        m = n//4
+        each = (x, n//bs),(mosaic, 4*m//bs)
+        yield f'Focus of {m} mosaics, and a look at {n} photos',*ratio(lambda: learn.heatmap_focus(photos, n=m), lambda: passes(*each), reps)
+        hm = learn.get_heatmaps(photos[:bs])
+        each = (x, 1),(x.contiguous(memory_format=torch.channels_last), 2 + 3*(9+9+1))
+        yield f'faithfulness of {bs} photos: deletion, insertion, drop',*ratio(hm.faithfulness, lambda: passes(*each), reps)
+
+
 def import_seconds():
     "What importing this package takes in a fresh process that has imported fastai: (this, fastai)"
     code = """import time
@@ -132,6 +153,7 @@ def main(
         with learn.no_bar():
             got,base = ratio(lambda: learn.get_heatmaps(), lambda: learn.get_preds(), max(3, reps//3))
         report('get_heatmaps to get_preds, a folder of 158 photos', got, 1.08, base)
+        for name,got,base in checks(Path(d)/'checks', max(3, reps//3)): report(name, got, 1.15, base)
     a,b = [np.median([peak(o, 64) for _ in range(3)]) for o in ('gradcam', 'plain')]
     report(f'peak memory, batch 64 ({a:.0f} to {b:.0f} MB, the whole process)', a/b, 1.15)
     ours,fastai = np.median([import_seconds() for _ in range(5)], axis=0)

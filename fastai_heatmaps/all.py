@@ -9,13 +9,14 @@ from .methods.pixels import relu_rule
 from .data.images import ImageError, open_image
 from .data.draw import show_overlay
 from .data.heatmaps import Heatmaps
-from .data import files as _files # gives them `save`
+from .data import files as _files, boxes as _boxes, means as _means # give them `save`, `boxes` and `mean`
 from .data.store import load_heatmaps
 from .learner import core as _core, show as _show # give the Learner its methods
 from .learner.distributed import distrib_state, join_heatmaps
 from .views import interpret as _interpret, features as _features, class_image as _class_image # and so on
 from .views import architecture as _architecture, explore as _explore, report as _report
 from .views.compare import heatmap_difference, compare_learners
+from .views.log import LogHeatmaps
 from .trust import sanity as _sanity, focus as _focus, faithfulness as _faithfulness, inside as _inside # and their checks
 from .trust import stability as _stability, check as _check
 from .samples import demo_labels, demo_image, demo_learner

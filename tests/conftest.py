@@ -99,6 +99,21 @@ def learn(pics): return pic_learner(pics)
 def demo(): return demo_learner()
 
 
+def photo_heatmaps(size, maps, *tfms):
+    "Heatmaps `maps` (1, h, w) of one photo of `size`, which went through `tfms`"
+    im = PILImage.create(np.random.default_rng(0).integers(0, 255, (*size,3), dtype=np.uint8))
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=['a','b'])), get_x=lambda o: im, get_y=lambda o: 'a', splitter=lambda o: ([0],[1]), item_tfms=list(tfms))
+    learn = Learner(block.dataloaders([0, 1], bs=1, num_workers=0, device='cpu'), create_vision_model(resnet18, 2, pretrained=False), loss_func=CrossEntropyLossFlat())
+    return learn.get_heatmaps(method='activations').replace(maps=tensor(maps)[None].float())
+
+
+def near_line(m, top, px):
+    "Mark the pixels that are up to `px` from where the map `m` crosses half of `top`, or of minus `top`"
+    from scipy import ndimage
+    strong,around = np.abs(np.nan_to_num(m))>=top/2,np.ones((2*px+1,)*2)
+    return ndimage.binary_dilation(strong, around) & ndimage.binary_dilation(~strong, around)
+
+
 quick = {'smooth_gradcam++': dict(n=2), 'smoothgrad': dict(n=2), 'integrated_gradients': dict(steps=3), 'occlusion': dict(window=32, stride=32), 'rise': dict(n=8), 'scorecam': dict(channels=4)}
 
 

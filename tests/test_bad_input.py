@@ -36,11 +36,11 @@ def test_class(learn, photo):
 
 
 def test_method(learn, photo):
-    for name in ('??', 'GradCam++', 3):
+    for name in ('??', 3):
         with pytest.raises(ValueError) as e: learn.show_heatmap(photo, method=name)
         first,*table = str(e.value).splitlines()
         assert f'no method {name!r}' in first and table==repr(heatmap_methods).splitlines() and len(table)==len(heatmap_methods)+1
-    assert "did you mean 'gradcam++'" in str(pytest.raises(ValueError, learn.show_heatmap, photo, method='GradCam++').value)
+    fails(lambda: learn.show_heatmap(photo, method='GradCam++'), "did you mean 'gradcam++' or ")
     fails(lambda: learn.show_heatmap(photo, method=lambda a, g: a.mean()), 'expected a map (n, h, w)')
     fails(lambda: learn.show_heatmap(photo, method=lambda a, g: None), 'expected a map')
     fails(lambda: heatmap_method('x', needs='everything'), "needs is 'everything'")

@@ -112,7 +112,7 @@ def test_seed_and_batches(found):
 def test_too_few_photos():
     f = patch_learner().check_heatmaps(n=6)
     assert f.loc['gradcam','verdict']=='cannot be told'
-    says = 'Whether gradcam at layer 0 can be trusted cannot be told: 6 photos decide nothing, pass at least 8.'
+    says = 'Whether gradcam at layer 0 can be trusted cannot be told: 6 photos with a map decide nothing, it takes at least 8.'
     assert f.words.startswith(says)
     some = patch_learner().check_heatmaps(n=9)
     assert some.loc['gradcam','verdict']!='cannot be trusted'

@@ -167,5 +167,5 @@ def test_a_wrong_batch_size_is_refused_before_the_model_runs(pics):
     learn.model.register_forward_pre_hook(lambda *args: runs.append(1))
     photo = get_image_files(pics)[0]
     for f in (partial(model_heatmaps, model, torch.randn(1, 3, 64, 64)), learn.get_heatmaps, partial(learn.compare_heatmaps, photo)):
-        with pytest.raises(ValueError, match='^bs is 0; expected at least 1$'): f(bs=0)
+        with pytest.raises(ValueError, match='^bs is 0; expected a whole number, at least 1$'): f(bs=0)
     assert not runs

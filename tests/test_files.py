@@ -28,7 +28,8 @@ def test_pictures(learn, pics, tmp_path):
     assert np.abs(grey-want.numpy()).max()<.003 and np.abs(colours-plasma).max()<.02
     photo = hm.image(0).permute(1,2,0).numpy()
     alpha = .7*want.numpy()[...,None]
-    assert np.abs(overlay-(alpha*plasma+(1-alpha)*photo)).max()<.02
+    away = ~near_line(want.numpy(), 1, 3)
+    assert away.mean()>.5 and np.abs(overlay-(alpha*plasma+(1-alpha)*photo))[away].max()<.02
     assert {Image.open(tmp_path/'new'/'out'/r[k]).size for r in rows for k in ('map', 'heatmap', 'overlay')}=={(64,64)}
 
 
@@ -39,7 +40,7 @@ def test_signed_pictures(learn, pics, tmp_path):
     r, = table(hm.save(tmp_path, interpolation='nearest'))
     grey,colours,overlay = [np.array(Image.open(tmp_path/r[k])) for k in ('map', 'heatmap', 'overlay')]
     assert [int(grey[y,x]) for y,x in ((5,5), (5,60), (60,60))]==[0, 128, 191] and np.ptp(colours[5,60].astype(int))<5
-    assert np.abs(overlay[:,32:][:32]/255-hm.image(0).permute(1,2,0).numpy()[:,32:][:32]).max()<.01
+    assert np.abs(overlay[:30,34:]/255-hm.image(0).permute(1,2,0).numpy()[:30,34:]).max()<.01 # without the line at its edge
     assert colours[5,5].argmax()==2 and colours[60,60].argmax()==0 # blue against, red for
 
 

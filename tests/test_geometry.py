@@ -126,7 +126,7 @@ def test_what_cannot_be_followed(learn, pics):
     hm = learn.get_heatmaps(get_image_files(pics)[:2])
     with pytest.raises(ValueError, match="expected 'input'"): hm.show(0, on='photo')
     dl = torch.utils.data.DataLoader([(torch.rand(3, 64, 64), 0)]*2, batch_size=2)
-    with pytest.raises(ValueError, match='leave `on` out'): learn.get_heatmaps(dl=dl).show(0, on='original')
+    with pytest.raises(ValueError, match="pass on='input'"): learn.get_heatmaps(dl=dl).show(0, on='original')
 
 
 def test_no_trace(learn, pics):

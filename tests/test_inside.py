@@ -5,7 +5,7 @@ for the positive part, since it divides signed maps by their sum, which may be n
 import pickle
 from conftest import *
 from fastai_heatmaps.trust.findings import short
-from fastai_heatmaps.trust.inside import box_mask, mask_in, cells_of, frame_of
+from fastai_heatmaps.trust.inside import box_mask, mask_in, cells_of
 
 metrics = ['energy', 'pointing', 'best IoU', 'IoU']
 
@@ -149,14 +149,6 @@ def test_thresh_is_a_part(seen):
 
 
 # ---- the photo
-
-def photo_heatmaps(size, maps, *tfms):
-    "Heatmaps `maps` (1, h, w) of one photo of `size`, which went through `tfms`"
-    im = PILImage.create(np.random.default_rng(0).integers(0, 255, (*size,3), dtype=np.uint8))
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=['a','b'])), get_x=lambda o: im, get_y=lambda o: 'a', splitter=lambda o: ([0],[1]), item_tfms=list(tfms))
-    learn = Learner(block.dataloaders([0, 1], bs=1, num_workers=0, device='cpu'), create_vision_model(resnet18, 2, pretrained=False), loss_func=CrossEntropyLossFlat())
-    return learn.get_heatmaps(method='activations').replace(maps=tensor(maps)[None].float())
-
 
 left = [[[1.,0],[1,0]]]
 

@@ -1,6 +1,8 @@
 "What is written twice agrees, the package is what the notebooks export, and the notebooks run."
-import json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys, yaml
 from configparser import ConfigParser
+from html import unescape
+from urllib.parse import unquote
 from importlib.util import module_from_spec, spec_from_file_location
 from importlib.metadata import distribution
 from pathlib import Path
@@ -10,7 +12,8 @@ import fastai_heatmaps.all as fh
 from nbdev.config import get_config, nbpath2html
 
 root = Path(__file__).parents[1]
-nbs = sorted((root/'nbs').glob('*.ipynb'))
+nbs = sorted(f for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+guides = [f for f in nbs if f.parent.name in ('tutorials', 'howto') or f.stem=='start'] # for users; the others are the package's own
 quick_nbs = {f.name for f in nbs if '_core.' in f.name and not f.name.startswith(('00', '02'))} # these two take models apart
 ini = ConfigParser(delimiters='=')
 ini.read(root/'settings.ini', 'utf-8')
@@ -72,9 +75,10 @@ def test_notebooks_are_clean(copy):
 
 
 def test_pictures_are_small():
-    "What everyone clones: 6 MB at most"
-    size = sum(f.stat().st_size for f in [*nbs, *(root/'README_files').iterdir()])
-    assert size<6e6, f'{size/1e6:.1f} MB: run the notebooks by tools/run_nbs.py, or draw less'
+    "What everyone clones: 6 MB at most, and 2 MB of guides"
+    for files,most in (({*nbs}-{*guides} | {*(root/'README_files').iterdir()}, 6e6), (guides, 2e6)):
+        size = sum(f.stat().st_size for f in files)
+        assert size<most, f'{size/1e6:.1f} MB: run the notebooks by tools/run_nbs.py, or draw less'
 
 
 @pytest.mark.slow
@@ -89,9 +93,62 @@ def test_readme_is_what_the_notebook_writes(tmp_path):
 def test_docs_build_strictly(forked):
     rc,printed = forked(f"import sys\nsys.path.insert(0, {str(root/'tools')!r})\nfrom docs import main\nmain()")
     assert rc==0, printed
+    assert 'output' not in printed.lower()
     html = root/'docs'/'_build'/'html'
-    assert {p.name for p in html.glob('*.html')} >= {'index.html', *[nbpath2html(f).name for f in nbs]}
-    assert 'Learner.show_gradcam' in (html/'learner.show.html').read_text('utf-8') and 'output' not in printed.lower()
+    pages = {p.relative_to(html).as_posix(): p.read_text('utf-8') for p in html.rglob('*.html')}
+    assert {*pages} >= {nbpath2html(f.relative_to(root/'nbs')).as_posix() for f in nbs}
+    assert 'Learner.show_gradcam' in pages['learner.show.html']
+    assert not [*dead_links(html, pages)] # also those in raw HTML, which Sphinx does not look at
+    assert not [u for s in pages.values() for u in re.findall(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?:[^"]*)', s)] # no network
+    check_reference(pages)
+    found = json.loads(re.search(r'Search.setIndex\((.*)\)', (html/'searchindex.js').read_text('utf-8'))[1])
+    def pages_with(stem):
+        hits = [o for k in ('terms', 'titleterms') if (o := found[k].get(stem)) is not None]
+        return {found['docnames'][i] for o in hits for i in (o if isinstance(o, list) else [o])}
+    assert 'howto/colours' in pages_with('transpar') & pages_with('threshold') and 'howto/several_gpus' in pages_with('gpu') & pages_with('gpus')
+    assert '<math' in pages['trust.focus.html'] and 'https://arxiv.org/abs/1610.02391' in pages['reference/learner.html']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info<(3,11), reason='the docs need myst-parser 5, which needs Python 3.11')
+def test_words_of_the_docs(monkeypatch):
+    "Types as people write them, papers as links, and names that lead to the reference; not those in code or headings, nor a parameter's to fastai"
+    monkeypatch.syspath_prepend(root/'tools')
+    from docs import documented, link, named, papers, tidy
+    assert tidy("(m: torch.nn.modules.module.Module, f: <built-in function callable>, p: <class 'fastai.vision.core.PILImage'>, d=torch.float32) -> pathlib.Path")==\
+        '(m: nn.Module, f: callable, p: PILImage, d=torch.float32) -> Path'
+    assert papers('(arXiv 1610.02391, doi 10.1109/TIP.2021.3089943) [arXiv 1.2]')==\
+        '([arXiv 1610.02391](https://arxiv.org/abs/1610.02391), [doi 10.1109/TIP.2021.3089943](https://doi.org/10.1109/TIP.2021.3089943)) [arXiv 1.2]'
+    assert named('`hm.plot()`, `show_gradcam`, `cls`, `hm.show_gradcam`')=='[`hm.plot()`](/reference/heatmaps.ipynb#heatmaps.plot), [`show_gradcam`](/reference/learner.ipynb#learner.show_gradcam), `cls`, `hm.show_gradcam`'
+    for o in ('# `show_gradcam`', '```\n`show_gradcam`\n```', '[`show_gradcam`](x)'): assert named(o)==o
+    assert documented('---\n\n### f\n\n```python\ndef f(\n    module, # A\n):\n```\n\n*Do [`module`](https://docs.fast.ai/layers.html#module) as [`Hook`](https://docs.fast.ai/x#hook)*')==\
+        '### `f`\n\n```python\ndef f(\n    module, # A\n):\n```\n\n*Do `module` as [`Hook`](https://docs.fast.ai/x#hook)*'
+    u = '/learner.show.html#learner.show_gradcam'
+    assert [link(u, o) for o in (True, False)]==['/reference/learner.ipynb#learner.show_gradcam', '/learner.show.ipynb#learner.show_gradcam']
+    assert [link(o, True) for o in ('../80_which_method.ipynb', 'https://x.org/a.html', '#here')]==['../which_method.ipynb', 'https://x.org/a.html', '#here']
+
+
+def dead_links(html, pages):
+    "Page and address of each link within the site that leads nowhere"
+    names = {p: {*re.findall(r'\bid="([^"]+)"', s)} for p,s in pages.items()}
+    for page,s in pages.items():
+        for u in {*re.findall(r'<(?:a|img|link|script)\b[^>]*?\b(?:href|src)="([^"]*)"', s)}:
+            path,_,name = unquote(unescape(u)).partition('#')
+            if re.match(r'\w+:', path): continue
+            to = os.path.relpath((html/page).parent/path.partition('?')[0], html) if path else page
+            if not (html/to).exists() or name not in {'', *names.get(to, [])}: yield page,u
+
+
+def check_reference(pages):
+    "Each public name has an entry: with its parameters, types as people write them, and its source"
+    for n in 'get_heatmaps show_gradcam check_heatmaps heatmap_report'.split(): assert f'id="learner.{n}"' in pages['reference/learner.html']
+    assert 'id="heatmaps.plot"' in pages['reference/heatmaps.html'] and 'id="interpretation.plot_top_losses"' in pages['reference/interpretation.html']
+    functions = pages['reference/functions.html']
+    for n in vars(fh):
+        if n[0]!='_' and n!='Heatmaps' and vars(fh)[n] is not getattr(fv, n, None): assert f'id="{n.lower()}"' in functions, n
+    assert 'nn.Module' in functions and 'torch.nn.modules' not in ''.join(pages.values()) and '&lt;class' not in functions
+    page = pages['reference/learner.html']
+    assert page.count('<details>')==page.count('<h2>') and 'Opacity of the map at the ends of the scale' in page and 'src="../_images/' in page
 
 
 @pytest.mark.slow
@@ -116,16 +173,28 @@ def test_wheel(tmp_path):
 def test_public_names():
     "Star-importing gives what users call and nothing else, and every Learner has its methods"
     names = {n for n in vars(fh) if n[0]!='_' and vars(fh)[n] is not getattr(fv, n, None)}
-    assert names=={'Heatmaps', 'ImageError', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
+    assert names=={'Heatmaps', 'ImageError', 'LogHeatmaps', 'compare_learners', 'demo_image', 'demo_labels', 'demo_learner', 'distrib_state', 'heatmap_difference', 'heatmap_method', 'heatmap_methods',
                    'in_mask', 'join_heatmaps', 'layer_shapes', 'leaf_output', 'load_heatmaps', 'model_heatmaps', 'open_image', 'relu_rule', 'show_overlay'}
     for n in '''get_heatmaps show_heatmap show_gradcam show_activations show_saliency show_occlusion plot_heatmap_grid compare_heatmaps distrib_heatmaps explore_heatmaps
         get_feature_maps get_class_image show_filters show_feature_maps show_class_image show_architecture
         check_heatmaps sanity_check heatmap_focus heatmap_stability heatmap_report'''.split(): assert hasattr(fh.Learner, n)
     for n in 'top_losses_heatmaps confusion_heatmaps report'.split(): assert hasattr(fv.ClassificationInterpretation, n)
-    for n in 'show plot save report faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
+    for n in 'show plot save report boxes mean faithfulness inside'.split(): assert hasattr(fh.Heatmaps, n)
 
 
-@pytest.mark.parametrize('fn', [pytest.param(o, id=o.name, marks=[] if o.name in quick_nbs else pytest.mark.slow) for o in nbs])
+def test_furniture():
+    "What the repository's host reads: the oldest Python, the licence and the commands are those of settings.ini and the README"
+    github = root/'.github'
+    files = {f.stem: yaml.safe_load(f.read_text('utf-8')) for f in github.rglob('*.yml')}
+    assert files['test']['jobs']['test']['strategy']['matrix']==dict(os=['ubuntu-latest', 'macos-latest'], python=[cfg['min_python'], '3.x'])
+    commands = [o['run'] for name in ('test', 'docs') for o in [*files[name]['jobs'].values()][0]['steps'] if 'run' in o]
+    assert {'python -m pip install -e ".[dev]"', 'python -m pytest', 'python tools/docs.py'} <= {*commands}
+    assert files['release']['jobs']['publish']['permissions']=={'id-token': 'write'} # trusted publishing
+    cite = yaml.safe_load((root/'CITATION.cff').read_text('utf-8'))
+    assert (cite['authors'][0]['name'], cite['license'])==(cfg['author'], cfg['license'])
+
+
+@pytest.mark.parametrize('fn', [pytest.param(o, id=o.relative_to(root/'nbs').as_posix(), marks=[] if o.name in quick_nbs else pytest.mark.slow) for o in nbs])
 def test_notebook(fn, forked, pytestconfig):
     "Runs the notebook; and what it shows was stored: each cell that draws has its picture, and no error or warning is stored"
     rc,text = forked(fn, pytestconfig.getoption('--nb-flags'))

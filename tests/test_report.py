@@ -149,7 +149,7 @@ def test_names(hm, page, tmp_path):
     p = Page(page)
     assert p.facts['classes'].endswith(', '.join(names))
     assert {o['data-name'] for o in p.all('bdi') if 'data-name' in o}=={*names}
-    assert len(p.all('script'))==1 and len(p.all('img'))==6 and not p.all('b')
+    assert len(p.all('script'))==1 and len(p.all("img"))==9 and not p.all('b')
     assert not any(k.startswith('on') for o in p.tags for k in o)
 
 
@@ -219,6 +219,78 @@ def test_check(learn, hm, tmp_path):
     assert Page(learn.heatmap_report(tmp_path/'c.html', check=True, seed=5)).all('section', class_='verdict')
     assert asked==[(None, 'gradcam', None, 5, None)]
     assert not plt.get_fignums()
+
+
+# Means of classes
+
+def figures(page): return [o for o in page.tags if o.get('class')=='panel mean']
+
+
+def test_means(hm, page):
+    "Of each class with two photos, by truth: the map of that class, wherever it stands among those of a photo; on one scale"
+    p = Page(page)
+    shown = figures(p)
+    assert [o['text'] for o in shown]==[f'{name}, mean of 2 photos' for name in names]
+    want = []
+    for c,rows in enumerate([(0,3), (4,5), (1,2)]):
+        own = [hm.maps[i][hm.cls[i].tolist().index(c)] for i in rows]
+        want.append(torch.stack([o/o.max() for o in own]).mean(0))
+    top = max(float(m.max()) for m in want)
+    for o,m in zip(shown, want):
+        got = np.frombuffer(base64.b64decode(o['data-map']), np.uint8).reshape(int(o['data-rows']), int(o['data-cols']))
+        assert np.abs(got-255*(m/m.max()).numpy()).max()<=.51 and float(o['data-share'])==pytest.approx(float(m.max())/top, abs=1e-3)
+    photos = [o for o in p.all('img') if 'mean of' in o['alt']]
+    assert [o['alt'] for o in photos]==[f'Photos of {name}, mean of 2 photos' for name in names]
+    got = np.float32(Image.open(io.BytesIO(base64.b64decode(photos[0]['src'].split(',')[1]))))
+    diff = got - 255*(hm.image(0)+hm.image(3)).permute(1, 2, 0).numpy()/2
+    assert np.abs(diff.reshape(8, 8, 8, 8, 3).mean((1,3,4))).max()<4 # a JPEG, whose blocks are of 8×8
+    assert 'on the mean of the photos whose true class it is' in p.all('section', id='means')[0]['text']
+
+
+def test_means_by_prediction(hm, tmp_path):
+    "Where no truth is known; a class with one photo has no mean, nor have numbers"
+    p = Page(hm.replace(targs=None).report(tmp_path/'a.html')) # predicted are 0, 1, 2, 0, 1, 0
+    assert [o['text'] for o in figures(p)]==[f'{names[0]}, mean of 3 photos', f'{names[1]}, mean of 2 photos']
+    assert 'the photos that are predicted as it' in p.all('section', id='means')[0]['text']
+    assert not figures(Page(hm[:3].replace(targs=None).report(tmp_path/'b.html')))
+    numbers = Page(hm.replace(task='numbers', targs=torch.rand(6, 3)).report(tmp_path/'c.html'))
+    assert not figures(numbers) and not numbers.all('section', id='means')
+
+
+def test_means_of_several_labels(hm, tmp_path):
+    "A photo counts in each of its classes; flat maps are counted, and both signs are kept"
+    targs = tensor([[1,1,0],[0,1,0],[0,0,0],[1,0,1],[0,1,0],[0,0,0]])
+    maps = hm.maps.clone()
+    maps[0] = 0
+    maps[3] *= -1
+    p = Page(hm.replace(task='classes', targs=targs, maps=maps).report(tmp_path/'a.html'))
+    said = [o['text'] for o in figures(p)]
+    assert said==[f'{names[0]}, mean of 2 photos (1 of them without evidence)', f'{names[1]}, mean of 3 photos (1 of them without evidence)']
+    m = maps[3][hm.cls[3].tolist().index(0)]
+    got = np.frombuffer(base64.b64decode(figures(p)[0]['data-map']), np.uint8).reshape(8, 8)
+    assert np.abs(got-255*(m/m.abs().max()+1).numpy()/2).max()<=.51
+
+
+def test_means_of_the_worst(learn, tmp_path):
+    "They are of the photos that are shown, and say so where these are the worst"
+    p = Page(learn.heatmap_report(tmp_path/'a.html', n=4))
+    shown = Counter(label(o) for o in p.photos)
+    assert {o['text'] for o in figures(p)}=={f'{k}, mean of {n} photos' for k,n in shown.items() if n>1}
+    assert 'of those below, which have the largest losses' in p.all('section', id='means')[0]['text']
+    whole = Page(learn.heatmap_report(tmp_path/'b.html'))
+    assert len(figures(whole))==2 and 'losses' not in whole.all('section', id='means')[0]['text']
+
+
+def test_means_of_many_classes(hm, tmp_path):
+    "The 48 with the most photos, each in a few kB"
+    n = 150
+    targs = torch.arange(60).repeat(4)[:n] # 30 classes have three photos, 30 have two
+    many = hm[[0]*n].replace(preds=F.one_hot(targs, 60).float(), cls=targs[:,None], maps=torch.rand(n, 1, 7, 7), targs=targs, vocab=None)
+    out = many.report(tmp_path/'r.html')
+    shown = [o['text'] for o in figures(Page(out))]
+    assert len(shown)==48 and all(f'{c}, mean of 3 photos' in shown for c in range(30))
+    text = out.read_text('utf-8')
+    assert len(text[text.index('id="means"'):])<48*6000
 
 
 # Other tasks
@@ -525,6 +597,27 @@ def test_filter(browser, page):
     browser.click('#none')
     browser.click('a.cell[data-truth="0"][data-predicted="0"]')
     assert browser.js(shown)==['photo-1', 'photo-4']
+
+
+def test_means_in_browser(browser, hm, page):
+    "Drawn, before the photos, on one scale unless asked otherwise, and as opaque as the photos' maps; without a script they are not there"
+    browser.open(page).settle()
+    browser.js("document.querySelector('#means').scrollIntoView()")
+    browser.settle()
+    order = "[...document.querySelectorAll('main > section')].map(o => o.id)"
+    assert browser.js(order)==['', '', 'means', 'begin', 'tools', 'photos']
+    canvases = "[...document.querySelectorAll('.mean canvas')]"
+    strength = f"{canvases}.map(o => Math.max(...o.getContext('2d').getImageData(0, 0, o.width, o.height).data.filter((_, i) => i%4==3)))"
+    colours = f"{canvases}.map(o => o.getContext('2d').getImageData(32, 32, 1, 1).data.join())"
+    assert browser.js(f'{canvases}.length')==3 and min(browser.js(strength))>127
+    before = browser.js(colours)
+    browser.js("document.querySelector('#same').click()")
+    assert set(browser.js(strength))=={255} and browser.js(colours)!=before
+    browser.js("document.querySelector('#opacity').value = 30; document.querySelector('#opacity').dispatchEvent(new Event('input'))")
+    assert browser.js(f"{canvases}.map(o => getComputedStyle(o).opacity)")==['0.3']*3
+    assert browser.js(f"{canvases}[0].getAttribute('aria-label')")==f'Maps of {names[0]}, mean of 2 photos'
+    browser.open(page, script=False)
+    assert not browser('Runtime.evaluate', expression="document.querySelector('#means').offsetHeight")['result']['value']
 
 
 def test_keys(browser, page):

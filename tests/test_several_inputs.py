@@ -252,12 +252,32 @@ def test_items_of_a_siamese_learner(two):
     same(before, state(learn.model, learn))
 
 
+def test_feature_maps_are_of_the_input_that_is_asked_about(two):
+    "Also where one encoder runs on both pictures"
+    learn,pairs = two
+    for i in range(2):
+        x = pictures(learn.dls.valid, i)[4:5]
+        with torch.no_grad(): want = learn.model.eval().encoder(x)[0]
+        maps = learn.get_feature_maps(tuple(pairs[4]), ['encoder.0', 'encoder'], input=i)
+        assert [*maps]==['encoder.0', 'encoder']
+        torch.testing.assert_close(maps['encoder'], want)
+        torch.testing.assert_close(learn.get_feature_maps(tuple(pairs[4]), input=i)['encoder'], want)
+        shown = learn.show_feature_maps(tuple(pairs[4]), channels=3, input=i)[0,0].images[0].get_array()
+        torch.testing.assert_close(tensor(np.asarray(shown)), want[3])
+    fails(lambda: learn.get_feature_maps(tuple(pairs[4]), input=2), 'input is 2')
+
+
+def test_views_of_one_picture_refuse_several(two):
+    learn,_ = two
+    for f in (learn.show_architecture, partial(learn.show_class_image, 'yes', steps=1)): fails(f, 'takes several inputs', 'input=1')
+
+
 def test_siamese_items_that_are_none(two):
     learn,pairs = two
     item = tuple(pairs[0])
     fails(lambda: learn.show_gradcam(pairs[0][0]), 'an item cannot be read', 'learn.dls.valid_ds.items')
     fails(lambda: learn.show_gradcam(item, input=2), 'input is 2')
-    fails(lambda: learn.show_gradcam(item, input=1, on='original'), "on='original'", 'leave `on` out')
+    fails(lambda: learn.show_gradcam(item, input=1, on='original'), "on='original'", "pass on='input'")
 
 
 class Pairs(Transform):

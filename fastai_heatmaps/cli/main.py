@@ -31,7 +31,7 @@ def _shows_bars(a): return sys.stderr.isatty() and not a.quiet
 def _open_learner(a): return open_learner(a.model, a.trust, a.arch, a.vocab, a.size, a.cpu, _shows_bars(a))
 
 # %% ../../nbs/73_cli.main.ipynb #c100001c
-def _request(a, learn): # the arguments for `get_heatmaps`
+def _request(a, learn, **more): # the arguments for `get_heatmaps`
     from fastai_heatmaps.all import heatmap_methods
     from fastai_heatmaps.learner.run import output_names
     if a.method not in heatmap_methods:
@@ -40,7 +40,7 @@ def _request(a, learn): # the arguments for `get_heatmaps`
         raise UsageError(f"no method {a.method!r}{hint} All are shown by `fastai-heatmaps methods`")
     names = {str(o).lower() for o in output_names(learn) or ()}
     cls = a.cls and [int(o) if o.isdecimal() and o not in names else o for o in a.cls]
-    return dict(cls=cls, topk=a.top or 1, method=a.method, layer=a.layer, bs=a.bs)
+    return dict(cls=cls, topk=a.top or 1, method=a.method, layer=a.layer, bs=a.bs, **more)
 
 # %% ../../nbs/73_cli.main.ipynb #c100001b
 def file_heatmaps(
@@ -80,7 +80,7 @@ def _short(f): return f.stem.encode(errors='ignore')[:40].decode(errors='ignore'
 def _write_pictures(a, learn, files, written): # returns how many images were done
     from fastai_heatmaps.data.files import file_names
     names = dict(zip(files, file_names(map(_short, files)))) # files of several folders may have the same name
-    request = _request(a, learn)
+    request = _request(a, learn, tta=a.tta)
     done = 0
     for part in _parts(len(files), a.bs or learn.dls.valid.bs):
         hm,good = file_heatmaps(learn, files[part], a.upright, **request)
@@ -95,7 +95,7 @@ def _write_numbers(a, learn, files, written): # as `_write_pictures`
     from fastai_heatmaps.data.images import image_dl
     from fastai_heatmaps.data.store import FolderTaken
     from fastai_heatmaps.learner.core import plan_heatmaps, write_heatmaps
-    request = _request(a, learn)
+    request = _request(a, learn, tta=a.tta)
     files = readable(files, _shows_bars(a))
     if not files: return 0
     images,explain,about = plan_heatmaps(learn, dl=image_dl(learn.dls, files, a.bs, a.upright), **request)
@@ -156,7 +156,7 @@ def save_grid(
     check_free(out, a.overwrite)
     files,gone = _find_images(a)
     learn = _open_learner(a)
-    request = _request(a, learn)
+    request = _request(a, learn, tta=a.tta)
     if a.n<len(files): files = random.Random(a.seed).sample(files, a.n)
     with redirect_stdout(sys.stderr): hm,good = file_heatmaps(learn, files, a.upright, **request)
     if not good: raise FileNotFoundError('none of the images could be read')
@@ -290,6 +290,10 @@ def _add_model_command(commands, name, run, help, examples): # returns the group
     _add_model(c)
     return c.add_argument_group('output')
 
+def _add_tta(g):
+    g.add_argument('--tta', action='store_true',
+                   help='steadier maps: averages over six views of each image, moved a little and mirrored; takes six times as long')
+
 def _add_ends(g):
     g.add_argument('--overwrite', action='store_true', help='replace what is there')
     g.add_argument('--quiet', action='store_true', help='print nothing but errors')
@@ -302,6 +306,7 @@ def _add_gradcam(commands):
                    help='pictures, or npz: the numbers (default: %(default)s)')
     g.add_argument('--on', default='input', choices=('input', 'original'),
                    help='draw on the image as the model saw it, or on the original (default: %(default)s)')
+    _add_tta(g)
     _add_ends(g)
 
 def _add_grid(commands):
@@ -312,6 +317,7 @@ def _add_grid(commands):
     g.add_argument('--n', type=_at_least_1, default=8,
                    help='how many, chosen at random if there are more (default: %(default)s)')
     g.add_argument('--seed', type=int, help='the same seed chooses the same ones')
+    _add_tta(g)
     _add_ends(g)
 
 def _add_report(commands):

@@ -125,16 +125,16 @@ class Method:
 
 # %% ../../nbs/05_core.method.ipynb #mt000007
 def _unknown(method): # the error for a name that is none
-    close = get_close_matches(str(method).lower(), heatmap_methods, n=1, cutoff=.5)
-    return ValueError(f"no method {method!r}{f', did you mean {close[0]!r}?' if close else ';'} pass one of these, "
-                      f"or a function (acts, grads) -> map\n{heatmap_methods}")
+    close = get_close_matches(str(method).lower(), heatmap_methods, cutoff=.5)
+    if not close: return ValueError(f"no method {method!r}; pass one of these, or a function (acts, grads) -> map\n{heatmap_methods}")
+    return ValueError(f"no method {method!r}, did you mean {' or '.join(map(repr, close))}? method='?' lists them all")
 
 # %% ../../nbs/05_core.method.ipynb #8c1458ea
 def get_method(
     method, # A name in `heatmap_methods`, or a function
     **options # For it
 ) -> Method:
-    "Find the method that `method` stands for; raises ValueError, with a table of the methods, for an unknown one"
+    "Find the method that `method` stands for; raises ValueError with the closest names for an unknown one, or with a table of all"
     if isinstance(method, Method): return method
     known = isinstance(method, str) and method in heatmap_methods
     if not known and not callable(method): raise _unknown(method)

@@ -10,10 +10,11 @@ from fastai.vision.core import *
 from fastai.basics import *
 from ..core.no_trace import no_trace
 from .drawn import drawn_by, is_drawn
-from .photo import photo_strips
-from .draw import styled
+from .photo import photo_strips, on_photo
+from .draw import styled, enlarged, half_line
 from .heatmaps import Heatmaps
 from .. import __version__
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from filelock import FileLock, Timeout # which comes with torch
 from itertools import count
 from uuid import uuid4
@@ -120,18 +121,18 @@ def marked_exif(): # The EXIF data, as Pillow takes them
     return exif
 
 # %% ../../nbs/24_data.files.ipynb #ph000021
-def _laid(hm, i, on, interpolation): # image `i` in RGB; for each of its maps the strips that lie on it, as from `photo_strips`
+def _laid(hm, i, on, interpolation): # image `i` in RGB; its maps, small; the strips of each, as from `photo_strips`
     if on=='original':
         photo,grid = hm.images.photo(i)
-        strips = [photo_strips(m[None], grid, photo.size[::-1], interpolation) for m in hm.maps[i]]
+        size = photo.size[::-1]
+        small = on_photo(hm.maps[i], grid, [max(1, round(o*min(512/max(size), 1))) for o in size], interpolation)
+        strips = [photo_strips(m[None], grid, size, interpolation) for m in hm.maps[i]]
     else:
-        img,maps = hm.view(i, on)
-        if maps.shape[1:]!=img.shape[1:]:
-            smooth = dict(antialias=True) if interpolation=='bicubic' else {} # as `lay_map` draws it
-            maps = F.interpolate(maps[None], img.shape[1:], mode=interpolation, **smooth)[0]
+        img,small = hm.view(i, on)
+        maps = enlarged(small, img.shape[1:], interpolation)
         photo = Image.fromarray((255*img.expand(3, -1, -1)).round().byte().permute(1, 2, 0).numpy())
         strips = [[(0, m[None])] for m in maps]
-    return (photo if photo.mode=='RGB' else photo.convert('RGB')),strips
+    return (photo if photo.mode=='RGB' else photo.convert('RGB')),small,strips
 
 # %% ../../nbs/24_data.files.ipynb #ph000022
 def _coloured(m, look, vmin, vmax): # a map in grey; in colours, black where the model saw nothing; its opacity
@@ -143,20 +144,36 @@ def _coloured(m, look, vmin, vmax): # a map in grey; in colours, black where the
     res = np.rint(255*table).astype(np.uint8).take(np.minimum(m*cmap.N, cmap.N-1).astype(int), 0) * seen[...,None]
     return np.rint(255*m).astype(np.uint8), np.ascontiguousarray(res[...,:3]), np.ascontiguousarray(res[...,3])
 
+# %% ../../nbs/24_data.files.ipynb #fi000040
+def _draw_line(pic, m, scale, interpolation): # the line of `half_line` round what is strong in `m`, on the PIL image `pic`
+    (w,h),dpi = pic.size,max(pic.height/4, 80)
+    rows = min(h, max(2**20//w, 1))
+    fig = plt.Figure(((w+.1)/dpi, (rows+.1)/dpi), dpi=dpi)
+    canvas,ax = FigureCanvasAgg(fig),fig.add_axes([0, 0, 1, 1])
+    fig.patch.set_alpha(0)
+    ax.set_axis_off()
+    half_line(ax, m.float(), (0, w, h, 0), interpolation=interpolation, **scale)
+    for top in range(0, h, rows):
+        ax.set(xlim=(0, w), ylim=(top+rows, top))
+        canvas.draw()
+        line = Image.fromarray(np.asarray(canvas.buffer_rgba())[:h-top])
+        pic.paste(line, (0, top), line)
+
 # %% ../../nbs/24_data.files.ipynb #6be3598c
 def _pictures(hm, i, on, look, scales): # the `_kinds` of each map of image `i`; the next may overwrite the last
-    photo,maps = _laid(hm, i, on, look['interpolation'])
+    photo,small,maps = _laid(hm, i, on, look['interpolation'])
     w,h = photo.size
     grey,colours,opacity = pics = [Image.new(mode, photo.size) for mode in ('L', 'RGB', 'L')]
-    for strips,scale in zip(maps, scales):
-        for top,m in strips:
-            for pic,part in zip(pics, _coloured(m[0].numpy(), look, **scale)): pic.paste(Image.fromarray(part), (0, top))
+    for m,strips,scale in zip(small, maps, scales):
+        for top,strip in strips:
+            for pic,part in zip(pics, _coloured(strip[0].numpy(), look, **scale)): pic.paste(Image.fromarray(part), (0, top))
         yield grey
         yield colours
         for top in range(0, h, 64):
             box = 0,top,w,min(top+64, h)
             over,under,mask = [o.crop(box) for o in (colours, photo, opacity)]
             colours.paste(Image.composite(over, under, mask), box)
+        if look['line']: _draw_line(colours, m, scale, look['interpolation'])
         yield colours
 
 # %% ../../nbs/24_data.files.ipynb #ph000023
@@ -190,7 +207,7 @@ def save(self:Heatmaps,
     alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = .7, .6 for 'even', 1 for 'pixels'
     cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
     interpolation=None, # 'bicubic', the default, 'bilinear', or 'nearest', which shows the cells
-    style=None # 'fade' = as opaque as it is strong; 'even' = equally opaque, as maps of single pixels are; 'pixels' = without the photo
+    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = no photo
 ) -> Path: # The table
     "Write three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv"
     if fmt not in _formats: raise ValueError(f"fmt is {fmt!r}; expected one of {', '.join(_formats)}")
@@ -201,7 +218,7 @@ def save(self:Heatmaps,
     if len(names)!=len(self): raise ValueError(f"there are {len(names)} names for {len(self)} images: pass one for each")
     scales = self.scales(same_scale) # looks at all maps, once
     if style is None: style = 'even' if self.style=='pixels' else 'fade'
-    look = styled(scales(0)[0]['vmin']<0, alpha, cmap, self.enlarging(interpolation), style)
+    look = styled(scales(0)[0]['vmin']<0, alpha, cmap, self.enlarging(interpolation, style), style)
     folder,rows = Path(folder).expanduser(),_rows(self, names, fmt)
     _check_folder(folder, sum(rows, []), fresh=not overwrite)
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ from ..core.method import heatmap_methods
 from ..core.passes import all_was_against
 from .images import Images
 from .photo import on_photo
-from .draw import styles, color_scale, lay_map, show_overlay, wrap_title, show_scales, new_panels, as_png
+from .draw import styled, color_scale, enlarged, lay_map, show_overlay, regions, draw_boxes
+from .draw import wrap_title, show_scales, new_panels, as_png
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
 class Heatmaps:
@@ -177,12 +178,16 @@ def style(self:Heatmaps):
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000022
 @patch
-def enlarging(self:Heatmaps, interpolation=None):
+def enlarging(self:Heatmaps, interpolation=None, style=None):
     "Tell how PyTorch enlarges these maps: 'nearest', 'bilinear' or 'bicubic'"
-    how = interpolation or styles[self.style]['interpolation']
+    how = styled(False, interpolation=interpolation, style=style or self.style)['interpolation']
     return how if how in ('nearest', 'bicubic') else 'bilinear'
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000004
+def _check_on(on):
+    if on in ('input', 'original'): return
+    raise ValueError(f"on is {on!r}; expected 'input', what the model saw, or 'original', the photo as it was opened")
+
 @patch
 def view(self:Heatmaps,
     i:int, # Which image
@@ -192,13 +197,38 @@ def view(self:Heatmaps,
 ) -> tuple: # The image (channels, H, W) in 0 to 1; its maps (k, h, w), NaN where the model did not see a photo
     "Get an image, and its maps to lie over it"
     maps = self.maps[i].float()
+    _check_on(on)
     if on=='input': return self.image(i),maps
-    if on!='original':
-        raise ValueError(f"on is {on!r}; expected 'input', what the model saw, or 'original', the photo as it was opened")
     photo,grid = self.images.photo(i, limit)
     if photo.mode not in ('L', 'RGB'): photo = photo.convert('RGB')
     img = image2tensor(photo).float()/255
     return img,on_photo(maps, grid, img.shape[-2:], self.enlarging(interpolation))
+
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000025
+@patch
+def frame(self:Heatmaps,
+    i:int, # Which image
+    on:str # 'input' = what the model saw, 'original' = the photo as it was opened
+) -> tuple: # Height and width in pixels; where a lattice of points is in the model's input, as from `original`
+    "Give the size of what a map lies on, and the way to what the model saw"
+    _check_on(on)
+    if on=='original':
+        photo,grid = self.images.photo(i)
+        return photo.size[::-1],grid
+    plain = F.affine_grid(torch.eye(2, 3)[None], (1,1,33,33), align_corners=True)
+    return tuple(self.image(i).shape[-2:]),plain.permute(0, 3, 1, 2)
+
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000026
+@patch
+def level(self:Heatmaps,
+    i:int, # Which image
+    j:int, # Which of the classes explained
+    thresh:float # A part of the maximum, between 0 and 1
+) -> float: # 0 where nothing speaks for the class
+    "Give the value that is `thresh` of a map's maximum"
+    if not 0<thresh<1: raise ValueError(f"thresh is {thresh}; expected a part of the maximum, between 0 and 1")
+    m = self.maps[i][j]
+    return thresh*max(float(m.max()), 0) if m.isfinite().all() else 0.
 
 # %% ../../nbs/23_data.heatmaps.ipynb #d379f06f
 @patch
@@ -220,6 +250,7 @@ def draw(self:Heatmaps,
     truth=True, # Name the true class too, where it is known?
     maps=None, # As from `view`; None = those of image `i`
     scales=None, # As from `scales`; None = each map has its own
+    boxes=False, # Draw boxes round what is above half of a map's maximum? A number = another part of it
     **kwargs
 ):
     "Draw the maps of image `i` over it, each titled with its class"
@@ -227,6 +258,9 @@ def draw(self:Heatmaps,
     scales,style = scales or self.scales(),kwargs.pop('style', None) or self.style
     for j,(ax,m,scale) in enumerate(zip(axs, maps, scales(i))):
         show_overlay(img, m, ax, style=style, **scale, **kwargs)
+        if boxes:
+            m, = enlarged(m[None], img.shape[-2:], self.enlarging(kwargs.get('interpolation'), style))
+            draw_boxes(ax, regions(m, self.level(i, j, .5 if boxes is True else boxes))[0])
         wrap_title(ax, *self.title(i, j, truth))
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000017
@@ -249,15 +283,16 @@ def show(self:Heatmaps,
     same_scale=False, # One scale for all the maps of these `Heatmaps`?
     colorbar=False, # Show the scale beside the maps?
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
+    boxes=False, # Draw boxes round what is above half of a map's maximum, as `boxes` finds them? A number = another part of it
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Draw the maps of image `i` over it, each titled with its class and probability"
-    img,maps = self.view(i, on, kwargs.get('interpolation'), limit=1024)
+    img,maps = self.view(i, on, self.enlarging(kwargs.get('interpolation'), kwargs.get('style')), limit=1024)
     k,fig = len(maps),None
     if ctx is None: fig,ctx = _class_panels(img, k, figsize)
     axs = np.atleast_1d(ctx).ravel()
     if len(axs)!=k: raise ValueError(f"{k} classes need {k} Axes, not {len(axs)}: pass a list of them as ctx, or none")
-    self.draw(i, img, axs, maps=maps, scales=self.scales(same_scale), **kwargs)
+    self.draw(i, img, axs, maps=maps, scales=self.scales(same_scale), boxes=boxes, **kwargs)
     show_scales(axs, same_scale, colorbar)
     return axs if k>1 else axs[0]
 
@@ -271,12 +306,14 @@ def plot(self:Heatmaps,
     same_scale=False, # One scale for all the maps?
     colorbar=False, # Show the scale beside the maps?
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
+    boxes=False, # Draw boxes, as in `show`?
     **kwargs
 ): # An array of Axes, rows × columns
     "Draw a grid: each image, titled with the true class where it is known, and beside it its heatmaps"
     n,k = len(self),self.cls.shape[1]
     if not n: raise ValueError("there are no heatmaps to draw")
-    views = [self.view(i, on, kwargs.get('interpolation'), limit=1024) for i in range(n)]
+    how = self.enlarging(kwargs.get('interpolation'), kwargs.get('style'))
+    views = [self.view(i, on, how, limit=1024) for i in range(n)]
     scales = self.scales(same_scale)
     ncols = min(n, ncols or max(1, 4//(k+1)))
     cols = ncols*(k+1)
@@ -287,7 +324,7 @@ def plot(self:Heatmaps,
     for i,((img,maps),(first,*rest)) in enumerate(zip(views, axs.reshape(-1, k+1))):
         show_image(img, ctx=first, cmap='gray')
         if self.targs is not None: wrap_title(first, [self.truth(i)])
-        self.draw(i, img, rest, truth=False, maps=maps, scales=scales, **kwargs)
+        self.draw(i, img, rest, truth=False, maps=maps, scales=scales, boxes=boxes, **kwargs)
     show_scales(axs.flat, same_scale, colorbar)
     return axs
 

@@ -13,6 +13,7 @@ from PIL import ImageOps
 from ..core.no_trace import no_trace
 from ..core.layers import tensors_in
 from ..core.targets import class_index
+from ..core.passes import check_bs
 from copy import copy
 
 # %% ../../nbs/20_data.images.ipynb #715b9c2d
@@ -386,6 +387,14 @@ def join(cls:Images,
     names = None if any(o._names is None for o in parts) else [n for o in parts for n in o._names]
     return cls(parts[0].dl, [i for o in parts for i in o.idxs], labels, names, parts[0].input)
 
+# %% ../../nbs/20_data.images.ipynb #im000072
+@patch
+def pictures(self:Images): # Yields (1 or 3, H, W) in 0 to 1, of one after another
+    "Decode all images as the model saw them, read in batches"
+    dl = self.part(range_of(self)).dl
+    decode = getattr(getattr(dl, 'after_batch', None), 'decode', noop)
+    for b in dl: yield from map(_as_picture, tensors_in(to_cpu(decode(b)))[self.input])
+
 # %% ../../nbs/20_data.images.ipynb #im000013
 def to_images(
     dls:DataLoaders, # A Learner's
@@ -397,6 +406,7 @@ def to_images(
     input:int=0 # Which of the model's inputs is explained and shown
 ) -> Images:
     "Make `Images` of whatever a user may pass"
+    check_bs(bs)
     labels = None
     if items is None: dl = ordered_dl(dls, ds_idx, dl, bs)
     elif takes_several(dls): dl = item_dl(dls, as_items(items), bs)

@@ -99,7 +99,7 @@ def _open(dl, i): # the photo at place `i` in `dl.dataset`, a PIL image
     im = o[0] if isinstance(o, tuple) else o
     if hasattr(dl, 'after_item') and isinstance(im, Image.Image): return im
     raise ValueError("on='original' follows photos through fastai's transforms, "
-                     f"and this {type(dl).__name__} has a {type(im).__name__}: leave `on` out")
+                     f"and this {type(dl).__name__} has a {type(im).__name__}: pass on='input'")
 
 # %% ../../nbs/21_data.photo.ipynb #1bf2bebb
 @no_trace
@@ -116,7 +116,8 @@ def original(
     same_random_numbers = random_numbers()
     x,grid = _send(dl, im)
     if x.dim()!=4:
-        raise ValueError(f"on='original' needs transforms that make one picture of a photo, not {tuple(x.shape)}: leave `on` out")
+        raise ValueError(f"on='original' needs transforms that make one picture of a photo, not {tuple(x.shape)}: "
+                         "pass on='input'")
     mark,grey = _mark(im, grid, *x.shape[-2:])
     small = PIL.ImageOps.contain(im, (limit, limit)) if limit and max(im.size)>limit else None
     del im
@@ -126,7 +127,7 @@ def original(
     if _told(grey, on_photo(x[0], there, grey.shape))<.2:
         raise ValueError("on='original' cannot tell where the points of a photo are in what the model saw: one of the transforms "
                          "moves pictures but no points, or blurs them too much; give it an `encodes` for TensorPoint, "
-                         "or leave `on` out")
+                         "or pass on='input'")
     return small or _open(dl, i),grid
 
 # %% ../../nbs/21_data.photo.ipynb #ph000001
@@ -136,7 +137,7 @@ def photo(self:Images, i, limit=None):
     "Open photo `i`, and find where its points are in what the model saw, as `original`"
     if self.input:
         raise ValueError("on='original' follows only the first of several pictures, "
-                         f"and these maps are of input {self.input}: leave `on` out")
+                         f"and these maps are of input {self.input}: pass on='input'")
     dl,place = self.dl,self.idxs[i]
     im,grid = original(dl, place, limit)
     is_training = not getattr(dl.dataset, 'split_idx', None)
@@ -144,5 +145,5 @@ def photo(self:Images, i, limit=None):
         draws = [_send(dl, _open(dl, place))[1] for _ in range(9)]
         if not all(torch.allclose(o, grid, atol=1e-3) for o in draws):
             raise ValueError("on='original' needs transforms that move a photo in the same way each time, "
-                             "and those of a training set do not: pass dl=learn.dls.test_dl(items), or leave `on` out")
+                             "and those of a training set do not: pass dl=learn.dls.test_dl(items), or pass on='input'")
     return im,grid

@@ -11,7 +11,6 @@ from ..core.no_trace import no_trace
 from ..core.layers import find_layers, layer_names
 from ..core.targets import class_indices, as_list, is_per_image, check_per_image, is_targ
 from ..core.method import get_method, heatmap_methods
-from ..core.passes import check_bs
 from ..methods import cam, pixels, perturb, attention # which enter their methods into the registry
 from ..data.images import Images, to_images
 from ..data.heatmaps import Heatmaps
@@ -133,17 +132,16 @@ def _checked_classes(cls, n, has_labels, vocab): # `cls`, once it is clear that 
     return cls
 
 def plan_heatmaps(learn:Learner, items=None, cls=None, method='gradcam', layer=None, relu=None, topk=1, ds_idx=1, dl=None, bs=None,
-                  dtype=torch.float32, score=None, run=None, input=0, # All as for `get_heatmaps`
+                  dtype=torch.float32, score=None, run=None, input=0, tta=False, # All as for `get_heatmaps`
                   **options
 ) -> tuple: # `Images`; `explain(images, rows, use)`, which hands the `Heatmaps` of each batch to `use`; `about()`, which gives `run_info`
     "Check the arguments of `get_heatmaps`, and prepare what it does"
-    check_bs(bs)
     f = get_method(method, **options)
     vocab,twin = output_names(learn),shadow(learn)
     if layer is not None and f.at_layer: layer = find_layers(twin.model, layer)
     images = to_images(twin.dls, items, ds_idx, dl, bs, vocab, input)
     cls = _checked_classes(cls, len(images), items is None or images.labels is not None, vocab)
-    ask = dict(layer=layer, relu=relu, topk=topk, dtype=dtype, bs=bs, score=score)
+    ask = dict(layer=layer, relu=relu, topk=topk, dtype=dtype, bs=bs, score=score, tta=tta)
     def explain(part, rows, use):
         explain_images(twin, part, [f], lambda hms: use(*hms), cls[rows] if is_per_image(cls) else cls, **ask)
     def about():
@@ -171,12 +169,13 @@ def get_heatmaps(self:Learner,
     score=None, # For models that do not give one number a class, or a class a pixel: a function from the output to scores (n, c)
     run:str=None, # A name for this run; needed with `out` where method or score is a function of your own
     input:int=0, # Which of the model's inputs is explained and shown, where it takes several
+    tta:bool=False, # Average maps and predictions over six views: the image, two small moves, all in the mirror? Takes six times as long
     **options # Of the method, such as `n` for 'rise'
 ) -> Heatmaps:
     "Explain many images, by the CAM methods at the cost of their predictions"
     if method=='?': return heatmap_methods
     images,explain,about = plan_heatmaps(self, items, cls, method, layer, relu, topk, ds_idx, dl, bs, dtype, score,
-                                         run, input, **options)
+                                         run, input, tta, **options)
     if out is None:
         parts = []
         explain(images, slice(None), parts.append)

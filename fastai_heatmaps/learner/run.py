@@ -8,10 +8,11 @@ __all__ = ['shadow', 'shows_bars', 'output_names', 'blank', 'PassCallback', 'End
 # %% ../../nbs/30_learner.run.ipynb #rn000003
 from fastai.vision.all import *
 from ..core.no_trace import quiet, unwrap
-from ..core.inputs import of_input, layers_for
+from ..core.layers import tensors_in
+from ..core.inputs import with_tensors, of_input, layers_for
 from ..core.tasks import is_dense
 from ..core.passes import Pass, check_bs, clear_errors, recordable, person_looks
-from ..data.images import Images, OpenImage, image_dl, input_list
+from ..data.images import Images, OpenImage, image_dl, input_list, takes_several
 from contextlib import ExitStack, nullcontext
 from copy import copy
 from io import BytesIO
@@ -110,6 +111,8 @@ def _at_work(): # the callbacks that are being called on this thread; for copies
 _cancels = (CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException,
             CancelTrainException, CancelValidException)
 
+_logging = [f'fastai.callback.{o}' for o in ('azureml', 'comet', 'tensorboard')] # modules whose callbacks log each batch
+
 def _takes_part(cb, event_name): # may the callback `cb` act at this event of our run?
     is_ours = type(cb).__module__.startswith(('fastai.', 'fastai_heatmaps.'))
     return event_name in _events or is_ours and not isinstance(cb, TerminateOnNaNCallback)
@@ -141,7 +144,8 @@ def shadow(
     res.cbs = L()
     stay_out = _at_work()
     def joins(cb):
-        is_out = getattr(cb, 'remove_on_fetch', False) or isinstance(cb, GatherPredsCallback) or cb.name=='distributed_trainer'
+        logs = any(o.__module__ in _logging for o in type(cb).__mro__)
+        is_out = logs or getattr(cb, 'remove_on_fetch', False) or isinstance(cb, GatherPredsCallback) or cb.name=='distributed_trainer'
         return not is_out and not any(_origin(cb) is o for o in stay_out)
     for cb in _copy_callbacks(learn.cbs.filter(joins), learn, res): res.add_cb(cb)
     def call_one(event_name):
@@ -177,6 +181,9 @@ def blank(
     learn:Learner
 ) -> tuple: # A black image as the model takes it (1, C, H, W), if possible; a function that makes an input of pictures (n, C, H, W) in 0 to 1
     "Make an image as the DataLoaders of `learn` do, and a function that applies their `Normalize`"
+    if takes_several(learn.dls):
+        raise ValueError("this view is of models that take one picture, and this Learner's takes several inputs: "
+                         "show_feature_maps(item, input=1) shows what it makes of one of them")
     dl = image_dl(learn.dls, [np.zeros((224,224,3), dtype=np.uint8)])
     opens = any(isinstance(f, OpenImage) for f in input_list(dl.dataset).tfms.fs)
     if not opens and len(learn.dls.valid_ds): dl = learn.dls.valid
@@ -196,7 +203,8 @@ class PassCallback(Callback):
         use:callable, # Takes each `Pass`
         labels:Tensor=None, # The true classes, where they came with the images; None = the targets of the batch
         input:int=0, # Which of the model's inputs is explained
-        change:callable=None, # A function from a batch of its first input to what the model sees instead, of the same length
+        change:callable=None, # A function from a batch of that input to what the model sees instead, of the same length
+        tta:bool=False, # Let each `Pass` look at several views, by `look_again`?
         **known # For `Pass`
     ):
         store_attr()
@@ -205,7 +213,8 @@ class PassCallback(Callback):
     def __call__(self, event_name): return getattr(self, event_name, noop)()
 
     def before_batch(self):
-        xb = self.xb if self.change is None else (self.change(self.xb[0]), *self.xb[1:])
+        xb = self.xb
+        if self.change: xb = with_tensors(xb, (self.change(x) if i==self.input else x for i,x in enumerate(tensors_in(xb))))
         self.learn.xb = tuple(map(recordable, xb))
         model,self.inputs = of_input(self.model, self.xb, self.input)
         self.seen = ifnone(self.seen, model) # which remembers what it has found out about its layers
@@ -213,7 +222,9 @@ class PassCallback(Callback):
 
     def after_pred(self):
         n = len(self.inputs[0])
-        self.use(Pass(self.seen, self.inputs, self.pred, self.hooks, self.targs(n), **self.known))
+        ran = Pass(self.seen, self.inputs, self.pred, self.hooks, self.targs(n), **self.known)
+        if self.tta: ran.look_again(self.watch)
+        self.use(ran)
         self.done += n
         self.hooks = self.inputs = None
         torch.set_grad_enabled(False)
@@ -255,6 +266,12 @@ def unwatched(
     "Watch nothing, in passes of which only the output counts"
     return nullcontext([])
 
+# %% ../../nbs/30_learner.run.ipynb #rn000040
+def _finds_points(dls): # or boxes, which are two points each
+    tls = nested_attr(dls, 'valid_ds.tls') or []
+    types = [t for tl in tls for o in tl.types or [] for t in listify(o)]
+    return any(isinstance(t, type) and issubclass(t, TensorPoint) for t in types)
+
 # %% ../../nbs/30_learner.run.ipynb #rn000011
 def run_passes(
     learn:Learner, # As from `shadow`
@@ -264,15 +281,18 @@ def run_passes(
     bs:int=None, # How many changed images are run at once
     score=None, # A function from the model's output to scores (n, c)
     keep:bool=False, # Keep each pass's graph, to be asked again?
-    change:callable=None # A function from a batch of the model's first input to what it sees instead, of the same length
+    change:callable=None, # A function from a batch of the input that is explained to what the model sees instead, of the same length
+    tta:bool=False # Let each `Pass` look at several views of the batch, by `look_again`?
 ):
     "Run `learn` on `images` inside `get_preds`, and hand the `Pass` of each batch to `use`"
     check_bs(bs)
+    if tta and _finds_points(learn.dls):
+        raise ValueError("tta=True averages over mirrored images, in which the points that this model finds lie elsewhere: leave it out")
     is_single = len(images.dl)==1
     bar = shows_bars(learn) and is_single
     if is_single or not person_looks(): learn.remove_cb(ProgressCallback)
     known = dict(vocab=output_names(learn), loss_func=learn.loss_func, score=score, bs=bs, bar=bar, keep=keep)
-    cb = PassCallback(watch, use, images.labels, images.input, change, **known)
+    cb = PassCallback(watch, use, images.labels, images.input, change, tta, **known)
     with quiet(learn.model), clear_errors(), cb.stack:
         cbs = [cb, EndWatch(cb.stack)]
         learn.get_preds(dl=images.dl, act=noop, reorder=False, cbs=cbs, inner=True, with_preds=False, with_targs=False)

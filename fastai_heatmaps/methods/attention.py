@@ -122,7 +122,7 @@ def layers_after(
     return layers
 
 # %% ../../nbs/14_methods.attention.ipynb #117f5cb7
-@heatmap_method('legrad', needs='model', cost='3 forward, 1 backward')
+@heatmap_method('legrad', needs='model', cost='3 forward, 1 backward', of_class='yes')
 def legrad(
     probe:Probe # Of a plain vision transformer
 ) -> Tensor: # (n, k, h, w)

@@ -9,7 +9,7 @@ __all__ = ['activations', 'gradcam', 'gradcam_plus_plus', 'hirescam', 'layercam'
 # %% ../../nbs/11_methods.cam.ipynb #4046dabf
 from fastai.basics import *
 from ..core.method import heatmap_method
-from ..core.passes import Probe
+from ..core.passes import Probe, check_whole
 from ..core.targets import class_indices, as_list
 from .changed import noisy, each_gradient, layer_gradients, with_map, from_layer
 
@@ -149,7 +149,7 @@ def finercam(
     scores = probe.scores.detach().as_subclass(Tensor).float()
     c = scores.shape[1]
     if c<2: raise ValueError("'finercam' compares classes, and this model has one output: use 'gradcam'")
-    if n<1: raise ValueError(f"n is {n}; expected at least 1 other class")
+    check_whole(n=n)
     named = None if others is None else class_indices(as_list(others), scores, probe.vocab)
     weights = []
     for idx in probe.idxs.T[...,None]: # (n, 1)
@@ -169,7 +169,7 @@ def smooth_gradcam_plus_plus(
     seed:int=0 # Of the noise
 ) -> Tensor: # (n, k, h, w)
     "Grad-CAM++ with `g`, `g²` and `g³` averaged over noisy images: Smooth Grad-CAM++ (Omeiza et al. 2019, arXiv 1908.01224)"
-    if n<1: raise ValueError(f"n is {n}; expected at least 1 noisy copy")
+    check_whole(n=n)
     g1 = g2 = g3 = 0. # the means of g, g² and g³: (k, n, C, h, w)
     for x in noisy(probe.x, n, noise, seed):
         g = layer_gradients(probe, x)

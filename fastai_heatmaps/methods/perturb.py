@@ -8,7 +8,7 @@ __all__ = ['window_boxes', 'occlusion', 'rise_masks', 'rise', 'channel_masks', '
 # %% ../../nbs/13_methods.perturb.ipynb #5ba750f3
 from fastai.basics import *
 from ..core.method import heatmap_method
-from ..core.passes import Probe
+from ..core.passes import Probe, check_whole
 from .changed import pictures, filled, rounds, ask, with_map, from_layer
 from itertools import islice
 
@@ -112,13 +112,13 @@ def channel_masks(
     return (masks-lo)/(hi-lo).clamp(min=1e-8)
 
 # %% ../../nbs/13_methods.perturb.ipynb #ba75897c
-@heatmap_method('scorecam', needs='layer', cost='1 forward a channel (of 512, or 1280)')
+@heatmap_method('scorecam', needs='layer', cost='1 forward a channel (of 512, or 1280)', of_class='partly')
 def scorecam(
     probe:Probe, # Of images (n, C, H, W), with the layer whose channels are the masks
     channels:int=None # How many channels, those that vary most; None = all
 ) -> Tensor: # (n, k, h, w)
     "`Σ_k w_k A_k`, `w` the softmax of `y(x ⊙ M_k)`, `M_k` the mask of `A_k`: Score-CAM (Wang et al. 2019, arXiv 1910.01279); with fewer `channels` Faster Score-CAM"
-    if channels is not None and channels<1: raise ValueError(f"channels is {channels}; expected at least 1")
+    if channels is not None: check_whole(channels=channels)
     x,acts = probe.x.float(),probe.acts
     if channels is not None and channels<acts.shape[1]:
         tops = acts.var((2,3)).topk(channels, 1).indices

@@ -11,7 +11,7 @@ __all__ = ['saliency', 'gradient_x_input', 'relu_rule', 'guided_backprop', 'deco
 from fastai.basics import *
 from ..core.no_trace import FunctionMode
 from ..core.method import heatmap_method
-from ..core.passes import Probe
+from ..core.passes import Probe, check_whole
 from .changed import pictures, filled, noisy, rounds, ask, input_gradients
 from .cam import gradcam
 from itertools import islice
@@ -125,7 +125,7 @@ def smoothgrad(
     seed:int=0 # Of the noise
 ) -> Tensor: # (n, k, H, W)
     "`max_C |mean g|` over noisy copies of the image: SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825)"
-    if n<1: raise ValueError(f"n is {n}; expected at least 1 noisy copy")
+    check_whole(n=n)
     x = pictures(probe)
     res = torch.zeros(*probe.idxs.shape, *x.shape[1:], device=x.device)
     for i,s in rounds(probe, n, max(1, probe.bs//2)):
@@ -256,7 +256,7 @@ def integrated_gradients(
     steps:int=None # Points at which the gradient is taken, by Gauss-Legendre quadrature; None = 50, and up to 400 where these do not suffice
 ) -> Tensor: # (n, k, H, W)
     "`Σ_C (x - b) ∫ g(b + α (x - b)) dα`: integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365)"
-    if steps is not None and steps<1: raise ValueError(f"steps is {steps}; expected at least 1")
+    if steps is not None: check_whole(steps=steps)
     x = pictures(probe)
     b = filled(x, baseline)
     maps,y0,taken = zip(*[integral(probe, i, b[i], steps) for i,_ in rounds(probe, 1)])

@@ -12,7 +12,6 @@ from ..core.no_trace import no_trace, restoring
 from ..core.layers import tensors_in, find_layers
 from ..core.tasks import tasks
 from ..core.method import get_method, heatmap_methods
-from ..core.passes import check_bs
 from ..data.draw import show_overlay, wrap_title
 from ..learner.run import shadow, shows_bars
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
@@ -283,7 +282,7 @@ def measure_trust(
 def says_trust(
     who:str, # The method, and the layer
     found:dict, # Name in `rules` -> what it wants
-    n:int # Of how many photos
+    n:int # Of how many photos with a map
 ) -> tuple: # True, False or None; a sentence or two
     "Say whether the maps of a method can be trusted, and why"
     said = {k:rules[k](**found[k]) for k in rules if k in found}
@@ -292,7 +291,7 @@ def says_trust(
     if answer: return answer,f'{who} can be trusted here: {_clauses(why)}.'
     if answer is False: return answer,f'{who} cannot be trusted here: {_clauses(why)}.'
     open = f'Whether {who} can be trusted cannot be told'
-    if n<few: return answer,f"{open}: {n_photos(n)} decide{'s'*(n==1)} nothing, pass at least {few}."
+    if n<few: return answer,f"{open}: {n_photos(n)} with a map decide{'s'*(n==1)} nothing, it takes at least {few}."
     no_truth = {'model', 'sanity'}-found.keys()=={'model'}
     unknown = 'nobody knows whether the model is right' if no_truth else 'too little could be measured'
     if not why: return answer,f'{open}: nothing speaks against it, but {unknown}.'
@@ -329,15 +328,18 @@ def _compare(names, answers, seen): # sentences about several methods
 
 # %% ../../nbs/57_trust.check.ipynb #ck000037
 def _words(whos, names, found, seen, left_out, wanted, passes): # all that is to be said
-    n = len(seen['photos'][0][0])
-    answers,said = zip(*[says_trust(who, o, n) for who,o in zip(whos, found)])
+    hms,_ = seen['photos']
+    n = len(hms[0])
+    bad = [sum(not m.isfinite().all() for m in hm.maps) for hm in hms]
+    flat = [sum(not m.any() for m in hm.maps) for hm in hms]
+    answers,said = zip(*[says_trust(who, o, n-b-f) for who,o,b,f in zip(whos, found, bad, flat)])
     about = [f"Measured on {n_photos(n, wanted)}, in {passes:.0f} forward passes."]
     if 'model' in found[0]:
         acc = found[0]['model']
         about.append(f"The model gets {acc['right']} of them right (always the commonest class: {short(acc['guess'].mean)}).")
-    for name,hm in zip(names, seen['photos'][0]):
-        flat = sum(not m.any() for m in hm.maps)
-        if flat: about.append(f'{flat} of the maps of {name} are flat, and hold no evidence.')
+    for name,b,f in zip(names, bad, flat):
+        if f: about.append(f'{f} of the maps of {name} are flat, and hold no evidence.')
+        if b: about.append(f'{b} of the maps of {name} are not finite, and say nothing.')
     about += [f"{'The accuracy' if k=='model' else k.capitalize()} could not be measured: {why}." for k,why in left_out.items()]
     return answers,'\n\n'.join(filter(None, [*said, ' '.join(_compare(names, answers, seen)), ' '.join(about)]))
 
@@ -480,16 +482,16 @@ def check_heatmaps(self:Learner,
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`; or a list of them
     layer=None, # As in `get_heatmaps`, for the methods that look at one
     n:int=64, # How many of the photos, chosen at random if there are more
+    input:int=0, # As in `get_heatmaps`: which of the model's inputs is explained, and changed; of several, focus is left out
     seed:int=0, # Of all that is random: the same seed gives the same findings
     bs:int=None, # Batch size, also of changed photos; None = that of the DataLoaders
     **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
 ) -> Findings: # A row for each method, with its verdict; `each` has 'method sanity', 'method focus' and so on
     "Ask whether heatmaps can be trusted: by sanity, focus, deletion and insertion, and stability"
-    check_bs(bs)
     named,run = named_methods(method, **options),shadow(self)
     names,methods = list(named),list(named.values())
     if layer is not None: layer = find_layers(run.model, layer)
-    images,_ = choose_images(run, items, n, seed=seed, bs=bs)
+    images,_ = choose_images(run, items, n, seed=seed, bs=bs, input=input)
     with counted(run.model) as passes: found,seen,left_out = measure_trust(run, images, methods, layer, seed, bs)
     hms = seen['photos'][0]
     whos = [f'{name} at layer {hm.layer}' if hm.layer else name for name,hm in zip(names, hms)]

@@ -11,7 +11,7 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace
 from ..core.layers import tensors_in
 from ..core.tasks import tasks
-from ..core.passes import Probe, check_bs
+from ..core.passes import Probe, check_bs, check_whole
 from ..methods.changed import changed_probs, filled, pictures
 from ..data.images import ordered_dl
 from ..data.draw import show_overlay, wrap_title
@@ -162,7 +162,7 @@ def _metrics(metrics, steps): # a list of them, once they are known to be right
     wrong = [m for m in metrics if m not in faithfulness_metrics]
     if wrong or not metrics:
         raise ValueError(f"metrics are {metrics!r}; expected some of {', '.join(faithfulness_metrics)}")
-    if not isinstance(steps, int) or steps<2: raise ValueError(f"steps is {steps!r}; expected a whole number, at least 2")
+    check_whole(2, steps=steps)
     return metrics
 
 def _fills(metrics, fill): # what hides pixels, for each metric; ROAD has its own way
@@ -213,6 +213,7 @@ def measure_faithfulness(
 ) -> list: # For each of `hms` two dicts, of values (n, k) and of probabilities (n, k, points): metric -> 'map', 'random' or
     # 'centre' -> Tensor
     "Measure several `Heatmaps` beside random and centred maps of the same sizes, which they share"
+    check_whole(0, seed=seed)
     metrics,hm = _metrics(metrics, steps),hms[0]
     images,fills,sets = _images(hm, run, bs),_fills(metrics, fill),_sets(hms, seed)
     before,parts = [],{key:[] for key in sets}
@@ -339,6 +340,7 @@ def faithfulness(self:Heatmaps,
     learn = ifnone(learn, self.learn)
     if learn is None:
         raise ValueError("the Learner that made these heatmaps is not known or gone: pass it, hm.faithfulness(learn)")
+    if not isinstance(learn, Learner): raise ValueError(f"learn is {learn!r}; expected a Learner, or metrics by name, metrics=...")
     (values,probs), = measure_faithfulness(shadow(learn), [self], metrics, steps, fill, seed, bs)
     fills = _fills(values, fill)
     each = {m if who=='map' else f'{m} {who}':o for m,of in values.items() for who,o in of.items()}

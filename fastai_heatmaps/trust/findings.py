@@ -11,6 +11,7 @@ __all__ = ['rank_correlation', 'ssim', 'random_maps', 'centre_maps', 'of_others'
 from fastai.vision.all import *
 from ..core.targets import is_per_image
 from ..core.method import get_method
+from ..core.passes import check_whole
 from ..data.images import Images, to_images, some_places
 from ..data.draw import as_png
 from ..learner.run import output_names
@@ -134,7 +135,8 @@ def some_rows(
     seed:int=0 # Of the choice
 ) -> list: # Places in `images`, in order
     "Choose `n` of `images` at random, or all of them if there are no more"
-    if n<1: raise ValueError(f"n is {n}; expected at least 1")
+    check_whole(n=n)
+    check_whole(0, seed=seed)
     return sorted(some_places(len(images), n, seed))
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000030

@@ -12,7 +12,7 @@ from ..core.no_trace import no_trace
 from ..core.layers import tensors_in, find_layers
 from ..core.tasks import tasks
 from ..core.method import get_method, no_pictures
-from ..core.passes import check_bs
+from ..core.passes import check_whole
 from ..data.images import Images, to_images
 from ..data.draw import show_overlay, wrap_title
 from ..learner.run import shadow, output_names, unwatched, run_passes
@@ -177,7 +177,7 @@ def _none_found(shows, n, vocab): # the error if there are no mosaics
     if not shows.any():
         return ValueError(f"the model gets none of {N} photos right, and nobody knows where its evidence should be: "
                           "train it first, or pass other photos")
-    names = [str(vocab[c] if vocab else c) for c in (shows.sum(0)>1).nonzero().flatten().tolist()]
+    names = [repr(str(vocab[c] if vocab else c)) for c in (shows.sum(0)>1).nonzero().flatten().tolist()]
     have = f"only {names[0]} has" if len(names)==1 else f"{', '.join(names[:3]) or 'no class'} has"
     larger = ', or ask for a larger n, which looks at more of them' if N==_most(n) else ''
     return ValueError(f"Focus needs two classes with two photos each that the model gets right, and of {N} photos {have} them: "
@@ -191,7 +191,7 @@ def find_mosaics(
     score=None # As for `run_passes`
 ) -> Mosaics: # With their `images`
     "Plan mosaics of photos that the model gets right; raises ValueError if there are none"
-    if n<1: raise ValueError(f"n is {n}; expected at least 1 mosaic")
+    check_whole(n=n)
     images = images.part(some_rows(images, _most(n), seed))
     shows,lacks,larger = known_classes(run, images, score)
     mosaics = plan_mosaics(shows, lacks, n, seed)
@@ -326,9 +326,11 @@ def _draw_means(ax, table):
 
 def _draw(table, pictures, own, names, maps, styles, shares, figsize=None): # `maps` and `shares` are of the first methods
     k,rows = len(pictures),len(maps)+1
-    high = max(rows*2.3, .35*len(table)+1)
-    fig = plt.figure(figsize=figsize or (2.3*k+4.5, high), layout='constrained')
-    grid = fig.add_gridspec(rows, k+2)
+    h,w = pictures[0].shape[1:]
+    wide = 1.85*min(1, w/h)
+    size = k*(wide+.2)+4.5,max(rows*(wide*h/w+.25)+.4, .35*len(table)+1) # with titles, and the axis below
+    fig = plt.figure(figsize=figsize or size, layout='constrained')
+    grid = fig.add_gridspec(rows, k+2, width_ratios=[wide+.2]*k+[2.25]*2)
     _draw_means(fig.add_subplot(grid[:,k:]), table)
     for r in range(rows):
         for j,im in enumerate(pictures):
@@ -354,7 +356,6 @@ def heatmap_focus(self:Learner,
     **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
 ) -> Findings: # A row for each method; `each` has 'method focus', shares (m,), NaN where a map is flat, and 'photos' (m, 4)
     "Measure in mosaics how much of a class's evidence falls on its own photos (Arias-Duart et al. 2022, arXiv 2109.15035)"
-    check_bs(bs)
     methods = {**named_methods(method, **options), 'activations':get_method('activations')} # in the same pass
     run = shadow(self)
     if layer is not None: layer = find_layers(run.model, layer)

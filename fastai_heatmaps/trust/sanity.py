@@ -11,6 +11,7 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace, restoring
 from ..core.hooks import every_output
 from ..core.layers import as_map
+from ..core.passes import check_whole
 from ..data.images import own_dl
 from ..data.draw import show_overlay, name_row
 from ..learner.run import shadow, shows_bars, unwatched, run_passes
@@ -199,7 +200,7 @@ def complexity(
 def _shuffled_dl(dls, seed): # the training set, each image with the label of another
     dl = getattr(dls, 'train', None)
     ds = getattr(dl, 'dataset', None)
-    if not isinstance(ds, Datasets) or len(ds)<2 or len(ds.tls)<=ds.n_inp or not len(dl):
+    if not isinstance(ds, Datasets) or len(ds)<2 or len(ds.tls)<=ds.n_inp:
         raise ValueError("labels=True trains a copy of the model on its training set with shuffled labels, and this Learner has "
                          "none (an exported one never has): leave labels out")
     order = np.random.default_rng(seed).permutation(len(ds)).tolist()
@@ -207,7 +208,8 @@ def _shuffled_dl(dls, seed): # the training set, each image with the label of an
         res = copy(tl)
         res.items = tl.items.iloc[order] if hasattr(tl.items, 'iloc') else [tl.items[i] for i in order]
         return res
-    return own_dl(dl, dataset=Datasets(tls=[tl if i<ds.n_inp else shuffled(tl) for i,tl in enumerate(ds.tls)], n_inp=ds.n_inp))
+    whole = dict(drop_last=dl.drop_last and len(dl)>0) # a set that is smaller than a batch is one
+    return own_dl(dl, **whole, dataset=Datasets(tls=[tl if i<ds.n_inp else shuffled(tl) for i,tl in enumerate(ds.tls)], n_inp=ds.n_inp))
 
 class _NoValidation(Callback):
     def before_validate(self): raise CancelValidException()
@@ -233,7 +235,7 @@ _answers = dict(
     partly='Maps by {} show only in part what was learned: they are still alike with random weights.',
     blind='Maps by {} do not show what was learned: they hardly change with random weights.',
     unsure='It takes more photos to say whether maps by {} depend on what was learned.',
-    flat='Maps by {} are flat, and nothing can be said of them.')
+    flat='Maps by {} are flat or not finite, and nothing can be said of them.')
 
 def _answer(ranks): # of one method, as from `measure_sanity`: a key of `_answers`; the largest mean of those that count, as text
     where = {'head':'in the head', 'all':'in the whole model'}
@@ -264,7 +266,7 @@ def _flat_words(ranks): # on maps that cannot be compared; `ranks`: method -> as
     flat = {(m,s):int(r.isnan().sum()) for m,of in ranks.items() for s,r in of.items() if s!=other_photo and r.isnan().any()}
     if not flat: return ''
     (m,s),count = max(flat.items(), key=itemgetter(1))
-    return f" Flat maps have no ranks and are left out: up to {count} of {ranks[m][s].numel()} ({m}, {s})."
+    return f" Maps that are flat or not finite have no ranks and are left out: up to {count} of {ranks[m][s].numel()} ({m}, {s})."
 
 # %% ../../nbs/51_trust.sanity.ipynb #sa000033
 def _picture_rows(fig, gs, img, pictures, styles): # returns the Axes
@@ -320,7 +322,7 @@ def _stage_findings(ranks, ssims, draw, about): # the first two: method -> a sta
     rows = {}
     for m,of in ranks.items():
         for s in sorted(of, key=lambda s: s==other_photo): # the last one
-            rows[m,s] = {**mean_columns({'rank':of[s], 'ssim':ssims[m][s]}), 'flat':int(of[s].isnan().sum())}
+            rows[m,s] = {**mean_columns({'rank':of[s], 'ssim':ssims[m][s]}), 'unranked':int(of[s].isnan().sum())}
     others = {m:mean_error(of[other_photo]) for m,of in ranks.items() if not of[other_photo].isnan().all()}
     words = says_sanity(ranks)
     if len(others)==1: words += f" Maps of different photos have {with_error(*first(others.values()))}."
@@ -382,13 +384,12 @@ def sanity_check(self:Learner,
     **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
 ) -> Findings: # A row for each method and stage; `each` has 'method stage', rank correlations (n, k)
     "Ask whether heatmaps depend on what was learned, by a model of random weights (Adebayo et al. 2018, arXiv 1810.03292)"
-    if n<1 or stages<1: raise ValueError(f"n is {n} and stages is {stages}; expected at least 1 of each")
-    if labels and epochs<1: raise ValueError(f"epochs is {epochs}; expected at least 1")
+    check_whole(stages=stages, epochs=epochs)
     if efficient and labels: raise ValueError("efficient=True asks one random model and labels=True trains another: choose one")
     methods = named_methods(method, **options)
-    if labels: _shuffled_dl(self.dls, seed) # before anything is run: are there any?
     run = shadow(self)
     images,cls = choose_images(run, items, n, cls, seed, bs=bs, input=input)
+    if labels: _shuffled_dl(self.dls, seed) # before anything is run: are there any?
     pictures,ranks,ssims,entropies = [{m:{} for m in methods} for _ in range(4)]
     def use(stage, hms, before):
         for m,hm,b in zip(methods, hms, before):

@@ -9,6 +9,7 @@ __all__ = ['gini', 'same_answer', 'measure_stability']
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
 from ..core.tasks import tasks
+from ..core.passes import check_whole
 from ..methods.changed import noisy
 from ..data.images import Images
 from ..data.draw import color_scale, show_overlay, wrap_title, new_panels
@@ -17,6 +18,7 @@ from ..learner.run import shadow
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
 from .findings import rank_correlation, of_others, mean_error, mean_columns, differs, Findings
 from .findings import named_methods, choose_images, short, with_error, listed, by_method, n_photos
+from numbers import Real
 
 # %% ../../nbs/55_trust.stability.ipynb #sy000007
 def gini(
@@ -79,7 +81,7 @@ def measure_stability(
 # %% ../../nbs/55_trust.stability.ipynb #sy000014
 def _words(found, noise, wanted): # `found`: method -> as from `measure_stability`
     empty = [name for name,r in found.items() if r['noise'].isnan().all() and r['gini'].isnan().all()]
-    if len(empty)==len(found): return f"Nothing can be said of {listed(empty)}: the maps are empty."
+    if len(empty)==len(found): return f"Nothing can be said of {listed(empty)}: the maps are flat or not finite."
     def means(k): return by_method({name:with_error(*mean_error(r[k])) for name,r in found.items()})
     res = [f"Under noise, maps keep a rank correlation of {means('noise')}. In the mirror, they keep {means('flip')}."]
     if any(r['others'].isfinite().any() for r in found.values()):
@@ -135,14 +137,15 @@ def heatmap_stability(self:Learner,
     n:int=64, # How many of the photos, chosen at random if there are more
     noise:float=.02, # Standard deviation of the noise, as a part of each photo's range of values
     copies:int=2, # How many copies of each photo with noise; each costs a pass
+    input:int=0, # As in `get_heatmaps`: which of the model's inputs is explained, and changed
     seed:int=0, # Of all that is random: the same seed gives the same findings
     bs:int=None, # Batch size, also of changed photos; None = that of the DataLoaders
     **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
 ) -> Findings: # A row for each method; `each` has 'method noise', 'flip', 'others' and 'gini' (n, k), and 'moved' (n, copies, k)
     "Measure how far maps move under noise that does not change the answer and under a flip, and how concentrated they are"
-    if noise<=0: raise ValueError(f"noise is {noise}; expected a positive number, such as .02")
-    if copies<1: raise ValueError(f"copies is {copies}; expected at least 1")
+    if not isinstance(noise, Real) or noise<=0: raise ValueError(f"noise is {noise!r}; expected a positive number, such as .02")
+    check_whole(copies=copies)
     methods,run = named_methods(method, **options),shadow(self)
-    images,cls = choose_images(run, items, n, cls, seed, bs=bs)
+    images,cls = choose_images(run, items, n, cls, seed, bs=bs, input=input)
     res = measure_stability(run, images, list(methods.values()), layer, cls, noise, copies, seed, bs)
     return _found(dict(zip(methods, res)), noise, n)

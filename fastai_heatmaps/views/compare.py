@@ -107,6 +107,7 @@ def compare_heatmaps(self:Learner,
     bs:int=None, # How many changed images are run at once, for the methods that change them; None = 64, or 16 on a CPU
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
     input:int=0, # Which of the model's inputs is explained and shown, where it takes several
+    tta:bool=False, # As in `get_heatmaps`
     **kwargs # Options of the methods, such as `n` for 'rise'
 ): # An array of Axes, rows × columns; the first shows the photo
     "Show one image and how several methods explain it, or one at several layers: a row each, a column for each class"
@@ -116,7 +117,7 @@ def compare_heatmaps(self:Learner,
     rows = list(layer) if by_layer else listify(ifnone(method, ['gradcam', 'gradcam++', 'hirescam', 'layercam']))
     if not rows: raise ValueError("the list of rows is empty: name at least one method or layer")
     looks,options = split_kwargs(kwargs, styled)
-    ask = dict(relu=relu, topk=topk, bs=bs, score=score, input=input)
+    ask = dict(relu=relu, topk=topk, bs=bs, score=score, input=input, tta=tta)
     if by_layer: hms = _at_layers(self, img, get_method(ifnone(method, 'gradcam'), **options), cls, rows, **ask)
     else: hms = _by_methods(self, img, [get_method(m, **options) for m in rows], cls, layer, **ask)
     names = [_layer_name(hm) if by_layer else hm.method for hm in hms]

@@ -10,8 +10,10 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace, unwrap
 from ..core.hooks import copied_outputs
 from ..core.layers import layer_shapes, map_shapes, as_map, no_map, plain_name, layer_names
-from ..core.layers import get_layer, find_layers, check_channels
+from ..core.layers import get_layer, check_channels
+from ..core.inputs import layers_for, parts_of
 from ..core.targets import as_list
+from ..core.passes import check_whole
 from ..data.images import to_images
 from ..data.draw import wrap_title
 from ..learner.run import shadow, output_names, run_passes
@@ -91,7 +93,7 @@ def show_filters(self:Learner,
     figsize=None # Of a new figure, in inches
 ): # The Axes, or an array of two with `fresh`
     "Show the weights of a convolution: in RGB, or if there are not three inputs, in grey with a row for each output; mid-grey is 0"
-    if n<1: raise ValueError(f"n is {n}; expected at least 1")
+    check_whole(n=n)
     name,m = get_conv(unwrap(self.model), layer)
     layers,fig = {name: m},None
     if fresh: layers['freshly initialised'] = _fresh(m)
@@ -115,7 +117,7 @@ def map_layers(
     *xb:Tensor # The model's inputs
 ) -> list: # of modules
     "List the layers to look at, in the order in which they run; raises ValueError unless each puts out a map"
-    layers = {plain_name(layer_names(model, [l])[0]): l for l in find_layers(model, layer, *xb)}
+    layers = {plain_name(layer_names(model, [l])[0]): l for l in layers_for(model, layer, *xb)}
     ran = [plain_name(n) for n in map_shapes(layer_shapes(model, *xb), xb[0])]
     for n in layers:
         if n not in ran: raise no_map(f"{n} puts out no map", model, *xb)
@@ -126,18 +128,21 @@ def map_layers(
 @no_trace
 def get_feature_maps(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
-    layer=None # None = the body, or the last layer with a map; a module, a dotted name, or a list of them
+    layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them
+    input:int=0 # As in `get_heatmaps`; a layer that runs on several inputs gives what it makes of this one
 ) -> dict: # The layer's name -> its output (C, h, w), float32, on the CPU
     "Get what layers put out for `img`, in the order in which they run; if a layer runs several times, the last time"
     if isinstance(img, (list, L)): raise ValueError("expected one image, not a list of them")
     run,vocab,maps = shadow(self),output_names(self),{}
-    def watch(model, *xb): return copied_outputs(map_layers(model, layer, *xb))
+    def watch(model, *xb):
+        layers = map_layers(model, layer, *xb)
+        return copied_outputs(layers, parts_of(model, layers))
     def keep(ran):
         for h in ran.hooks:
             name = plain_name(layer_names(ran.model, [h.m])[0])
             maps[name] = to_cpu(as_map(h.stored, ran.x)[0].as_subclass(Tensor).float())
     def no_score(pred): return torch.zeros(1, len(vocab or '1')) # what the model says does not matter, whatever its form
-    run_passes(run, to_images(run.dls, [img], vocab=vocab), watch, keep, score=no_score)
+    run_passes(run, to_images(run.dls, [img], vocab=vocab, input=input), watch, keep, score=no_score)
     return maps
 
 # %% ../../nbs/42_views.features.ipynb #fe000005
@@ -167,11 +172,12 @@ def show_feature_maps(self:Learner,
     n:int=16, # How many channels of each layer: those with the highest mean
     channels=None, # Show these instead: an index or a list of them
     same_scale:bool=False, # One scale for the channels of a layer? If not, each goes from black, its minimum, to white, its maximum
+    input:int=0, # As in `get_heatmaps`; a layer that runs on several inputs gives what it makes of this one
     figsize=None # In inches
 ): # An array of Axes: a row for each layer, a column for each channel
     "Show channels of layers as grey maps, the layers in the order in which they run"
-    if n<1: raise ValueError(f"n is {n}; expected at least 1")
-    maps = self.get_feature_maps(img, layer)
+    check_whole(n=n)
+    maps = self.get_feature_maps(img, layer, input)
     picks = _pick_channels(maps, channels, n)
     most = max(map(len, picks))
     cols = min(most, 8)

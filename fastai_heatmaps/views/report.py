@@ -19,8 +19,9 @@ from ..core.tasks import tasks, own_loss
 from ..data.drawn import check_free, drawn_by
 from ..data.files import whole_file
 from ..data.images import to_images, own_test_dl, some_places
-from ..data.draw import styles, color_scale, as_png
+from ..data.draw import styles, color_scale, enlarged, as_png
 from ..data.heatmaps import Heatmaps
+from ..data.means import Mean, map_of, mean_title
 from ..learner.core import explain_images
 from ..learner.run import shadow, output_names, unwatched, run_passes
 from base64 import b64encode
@@ -31,11 +32,12 @@ import fastai,io,platform
 # %% ../../nbs/46_views.report.ipynb #re000011
 def _text(data): return b64encode(data).decode() # bytes, as HTML can hold them
 
+def _small(o, most): # `o` (channels, H, W), `most` a side
+    shrink = most/max(most, *o.shape[1:])
+    return F.interpolate(o[None], [max(1, round(s*shrink)) for s in o.shape[1:]], mode='area')[0] if shrink<1 else o
+
 def _bytes(maps, signed, most=56): # the maps (k, h, w) of a photo as bytes; what share each one's scale is of the largest
-    h,w = maps.shape[1:]
-    shrink = most/max(h, w, most)
-    maps = torch.nan_to_num(maps.float(), 0, 0, 0)
-    if shrink<1: maps = F.interpolate(maps[None], [max(1, round(o*shrink)) for o in (h,w)], mode='area')[0]
+    maps = _small(torch.nan_to_num(maps.float(), 0, 0, 0), most)
     least,top = [tensor([color_scale([m], signed)[k] for m in maps]) for k in ('vmin', 'vmax')]
     cells = 255*(maps-least[:,None,None])/(top-least)[:,None,None]
     top[~maps.any(2).any(1)] = 0
@@ -90,9 +92,9 @@ def _choice(hm, i, j, number, cells, share): # one of the maps of photo `i`, to 
     return Label(Input(type='radio', name=f'map-{number}', cls='map', checked=j==0, **data),
                  Span(ft('bdi', task.says(hm.name(c), hm.preds[i], c)), *_tags(hm, i, j)))
 
-def _card(hm, i, number, name, loss, signed): # photo `i`
+def _card(hm, i, img, number, name, loss, signed): # photo `i`, `img`
     cells,share = _bytes(hm.maps[i], signed)
-    photo = _photo(hm.image(i), f'Photo {number}, {name}')
+    photo = _photo(img, f'Photo {number}, {name}')
     canvas = Canvas(width=photo.width, height=photo.height, role='img')
     choices = [_choice(hm, i, j, number, *o) for j,o in enumerate(zip(cells, share))]
     return Article(H3(f'{number}\u2002', ft('bdi', name)),
@@ -135,6 +137,39 @@ def _where_wrong(pairs, rows, name): # `pairs`: the truth and the prediction of 
     more = '' if len(rows)==len(pairs) else f' All {len(pairs):,} photos are counted, and {len(rows):,} of them are below.'
     return Section(H2('Confusion matrix'), P(f'An underlined number leads to its photos.{more}', cls='soft'),
                    _scrolled(table, 'Confusion matrix'))
+
+# %% ../../nbs/46_views.report.ipynb #re000051
+def _classes_of(truths, guesses): # the classes that each photo is averaged in; in words, which photos a mean is of
+    if None not in truths: return truths,'the photos whose true class it is'
+    return [o or [] for o in guesses],'the photos that are predicted as it'
+
+def _to_average(classes, most=48): # class -> an empty `Mean`, of those that have two photos or more
+    counts = Counter(c for cs in classes for c in cs).most_common(most)
+    return {c:Mean() for c,n in sorted(counts) if n>1}
+
+def _average(means, hm, i, img, classes): # adds photo `i`, `img`, to the means of its `classes`
+    for c in classes:
+        m = map_of(hm, i, c)
+        if c in means and m is not None: means[c].add(m, _small(img, 160))
+
+# %% ../../nbs/46_views.report.ipynb #re000052
+def _mean_figure(name, mean, cells, share): # `cells` and `share` as from `_bytes`
+    says = ' '.join(mean_title(name, mean.n, mean.empty))
+    photo = _photo(mean.photo, f'Photos of {says}')
+    canvas = Canvas(width=photo.width, height=photo.height, role='img', aria_label=f'Maps of {says}')
+    data = dict(data_map=_text(cells.numpy().tobytes()), data_share=f'{share:.3f}')
+    return Figure(Div(photo, canvas), Figcaption(ft('bdi', name), says.removeprefix(name)),
+                  cls='panel mean', data_rows=cells.shape[0], data_cols=cells.shape[1], **data)
+
+def _means(means, of, name, signed): # `of`: which photos they are of; None if no class has a mean
+    means = {c:o for c,o in means.items() if o.n>1}
+    if not means: return
+    shape = first(means.values()).map.shape[1:]
+    cells,shares = _bytes(torch.cat([enlarged(o.map, shape, 'bilinear') for o in means.values()]), signed)
+    figures = [_mean_figure(name(c), o, *v) for (c,o),*v in zip(means.items(), cells, shares)]
+    how = P(f'The mean map of a class, on the mean of {of}. Each photo counts alike, and all means share a scale. '
+            'Classes with two photos or more have one, 48 at most.', cls='soft')
+    return Section(H2('Where it looks for a class'), how, Div(*figures, cls='means'), id='means')
 
 # %% ../../nbs/46_views.report.ipynb #re000024
 def _losses(learn, yb, n): # of each of the `n` photos of a batch, as fastai's `Interpretation` has them; None if there are none
@@ -310,6 +345,10 @@ select, button { font: inherit; padding: .15em .5em; max-width: 13em }
 .panel div { position: relative; line-height: 0 }
 .panel img { width: 100%; height: auto; border-radius: 4px }
 .panel canvas { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 4px; opacity: var(--opacity) }
+#means { display: none }
+.alive #means { display: block }
+.means { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(44%, 9em), 1fr)); gap: 1em; max-width: 72em }
+.means .panel { max-width: 11em }
 figcaption { font-size: .85em; color: var(--soft); min-height: 1.45em; overflow-wrap: anywhere }
 .card dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em .8em; margin: .5em 0; font-size: .9em }
 .card dt { font-size: 1em }
@@ -327,7 +366,7 @@ fieldset input { margin: 0; flex: none; position: relative; top: .1em }
   body { font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact }
   .alive #tools, .alive fieldset, .keys { display: none }
   #photos { grid-template-columns: repeat(3, 1fr) }
-  .card { break-inside: avoid; content-visibility: visible }
+  .card, .mean { break-inside: avoid; content-visibility: visible }
   .wide { overflow: visible }
 }
 """
@@ -337,7 +376,7 @@ _js = r"""
 'use strict'
 const all = (q, o = document) => [...o.querySelectorAll(q)], one = (q, o = document) => o.querySelector(q)
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0))
-const cards = all('.card'), same = one('#same')
+const cards = all('.card'), means = all('.mean'), same = one('#same')
 const colours = bytes(document.body.dataset.colours), zero = +document.body.dataset.zero
 
 // Enlarge n lines of cells to N, through each cell (Catmull and Rom), and turn the result around; twice is a map
@@ -356,7 +395,7 @@ function enlarge(cells, n, N) {
 
 // Where there is more evidence, a map is less transparent; a line goes round what is above half of the scale
 function paint(canvas, choice) {
-  const {rows, cols} = choice.closest('.card').dataset, {width, height} = canvas, {map, share} = choice.dataset
+  const {rows, cols} = choice.closest('[data-rows]').dataset, {width, height} = canvas, {map, share} = choice.dataset
   const pixels = new ImageData(width, height), scale = same.checked ? share : 1
   const clamp = v => Math.min(Math.max(v, 0), 255)
   const places = enlarge(enlarge(bytes(map), +rows, height), +cols, width).map(v => clamp(zero+scale*(v-zero)))
@@ -384,17 +423,22 @@ function draw(panel, choice) {
 
 // A photo is drawn when it comes near: the class chosen and, of a mistake, the true one beside it
 const drawn = new Set()
-function show(card) {
+function showCard(card) {
   const [panel, second] = all('.panel', card), truth = one('[data-beside]', card)
   draw(panel, one('.map:checked', card))
   if (truth) draw(second ?? panel.parentNode.appendChild(panel.cloneNode(true)), truth)
-  drawn.add(card)
+}
+function show(o) {
+  if (o.matches('.mean')) paint(one('canvas', o), o)
+  else showCard(o)
+  drawn.add(o)
 }
 const near = new IntersectionObserver(seen => {
   for (const o of seen) if (o.isIntersecting && !drawn.has(o.target)) show(o.target)
 }, {rootMargin: '800px'})
-cards.forEach(card => near.observe(card))
-addEventListener('beforeprint', () => cards.forEach(show))
+const maps = [...means, ...cards]
+maps.forEach(o => near.observe(o))
+addEventListener('beforeprint', () => maps.forEach(show))
 addEventListener('change', e => e.target.matches('.map') && show(e.target.closest('.card')))
 same.addEventListener('change', () => drawn.forEach(show))
 one('#opacity').addEventListener('input', e => document.body.style.setProperty('--opacity', e.target.value/100))
@@ -442,12 +486,13 @@ addEventListener('keydown', e => {
   e.preventDefault()
 })
 
+if (means.length) one('#begin').before(one('#means')) // they are known when the last photo is written
 filter()
 document.body.classList.add('alive')
 """
 
 # %% ../../nbs/46_views.report.ipynb #re000036
-def _page(title, sections, signed): # its photos go where the `Slot` is
+def _page(title, sections, signed): # its photos go where the first `Slot` is, and the means of classes where the second is
     colours,zero,ramp = _colours(signed)
     digest = _text(sha256(_js.encode()).digest())
     allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -459,28 +504,32 @@ def _page(title, sections, signed): # its photos go where the `Slot` is
     if signed: what = 'Red is where the model finds evidence for a class, and blue evidence against it'
     how = P(f'{what}; a line goes round what is above half of the scale.', cls='soft')
     keys = P('The arrow keys lead from photo to photo, and 1 to 9 choose a map.', cls='soft keys')
-    photos = Section(H2('Photos'), note, how, keys),_tools(signed, ramp), Section(Slot(), id='photos', aria_label='Photos')
-    body = Body(Header(H1(title)), Main(*sections, *photos), Script(Safe(_js)), data_colours=colours, data_zero=zero,
+    begin = Section(H2('Photos'), note, how, keys, id='begin')
+    photos = begin,_tools(signed, ramp),Section(Slot(), id='photos', aria_label='Photos')
+    body = Body(Header(H1(title)), Main(*sections, *photos, Slot()), Script(Safe(_js)), data_colours=colours, data_zero=zero,
                 style=f'--opacity: {_opacity}')
     return Html(head, body, lang='en')
 
 # %% ../../nbs/46_views.report.ipynb #re000038
-def _write(out, page, explain, names, losses): # `page(hm, signed)` gives what is around the photos, `explain(use)` the photos
+def _write(out, page, explain, photos): # `page(hm, signed)` gives what is around the photos, `explain(use)` the photos
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as tmp, open(tmp, 'w', encoding='utf-8', errors='backslashreplace') as f:
-        end,signed,number = None,False,0
+        rest,signed,number,means,name = [],False,0,_to_average(photos.classes),str
         def use(hm):
-            nonlocal end,signed,number
-            if end is None:
-                signed = tasks[hm.task].signed or color_scale(hm.maps)['vmin']<0
-                start,end = to_xml(page(hm, signed), indent=False).split(to_xml(Slot()))
+            nonlocal rest,signed,number,name
+            if not rest:
+                signed,name = tasks[hm.task].signed or color_scale(hm.maps)['vmin']<0,hm.name
+                start,*rest = to_xml(page(hm, signed), indent=False).split(to_xml(Slot()))
                 f.write(start)
             for i in range_of(hm):
-                card = _card(hm, i, number+1, names[number], losses[number], signed)
+                img = hm.image(i)
+                card = _card(hm, i, img, number+1, photos.names[number], photos.losses[number], signed)
                 f.write(to_xml(card, indent=False))
+                _average(means, hm, i, img, photos.classes[number])
                 number += 1
         explain(use)
-        f.write(end)
+        section = _means(means, photos.of, name, signed)
+        f.write(rest[0] + (to_xml(section, indent=False) if section else '') + rest[1])
     return out
 
 def _check_out(out, overwrite): # the file, if it may be written
@@ -530,7 +579,7 @@ def heatmap_report(self:Learner,
     asked = _ask(run, images, cls, topk, score)
     rows = _order(asked.losses, n, seed)
     pairs = _pairs(asked.task, asked.truths, asked.guesses)
-    findings = self.check_heatmaps(items, method, layer, seed=seed, bs=bs) if check is True else check
+    findings = self.check_heatmaps(items, method, layer, input=input, seed=seed, bs=bs) if check is True else check
     def explain(use):
         explain_images(run, images.part(rows), [f], lambda hms: use(*hms), asked.cls[rows], layer, relu, bs=bs, score=score)
     def page(hm, signed):
@@ -539,8 +588,12 @@ def heatmap_report(self:Learner,
         more += [('input', '×'.join(map(str, asked.shape))), ('seed', seed)]
         about = _about(self, hm, _how_many(len(rows), asked.losses), pairs, more)
         return _page(_title(self), _sections(about, findings, pairs, rows, hm.name), signed)
-    names = _short(images.names)
-    return _write(out, page, explain, [names[i] for i in rows], [asked.losses[i] for i in rows])
+    classes,by = _classes_of(asked.truths, asked.guesses)
+    worst = len(rows)<len(images) and None not in asked.losses
+    of = f"{by}{', of those below, which have the largest losses' if worst else ''}"
+    photos = SimpleNamespace(names=_short(images.names), losses=asked.losses, classes=classes)
+    chosen = {k:[v[i] for i in rows] for k,v in vars(photos).items()}
+    return _write(out, page, explain, SimpleNamespace(**chosen, of=of))
 
 # %% ../../nbs/46_views.report.ipynb #re000042
 @patch
@@ -571,4 +624,6 @@ def report(self:Heatmaps,
     pairs = _pairs(task, truths, guesses)
     sections = _sections(_about(self.learn, self, f'{len(self):,}', pairs, []), check, pairs, range_of(self), self.name)
     def page(hm, signed): return _page(_title(self.learn), sections, signed)
-    return _write(out, page, lambda use: use(self), _short(self.images.names), [None]*len(self))
+    classes,of = _classes_of(truths, guesses)
+    photos = SimpleNamespace(names=_short(self.images.names), losses=[None]*len(self), classes=classes, of=of)
+    return _write(out, page, lambda use: use(self), photos)
