@@ -119,9 +119,10 @@ def test_files(learn, photo, tmp_path):
     fails(lambda: learn.show_gradcam(text), 'notes.jpg', 'cannot be read as an image')
     fails(lambda: learn.show_gradcam(cut), 'cut.png', 'cannot be read as an image')
     fails(lambda: learn.show_gradcam('no_such.jpg'), 'no_such.jpg', 'No such file')
-    fails(lambda: learn.show_gradcam(tmp_path), str(tmp_path), 'directory')
+    fails(lambda: learn.show_gradcam(tmp_path), str(tmp_path), 'it is a folder', 'get_image_files')
     fails(lambda: learn.show_gradcam(b'abc'), 'bytes input cannot be read')
-    fails(lambda: learn.show_gradcam(3), 'int input cannot be read')
+    fails(lambda: learn.show_gradcam(3), 'int input cannot be read', 'learn.dls.valid_ds[3]')
+    fails(lambda: learn.plot_heatmap_grid(4), 'items is 4', 'pass n=4')
     fails(lambda: learn.show_gradcam(torch.rand(3, 9, 9)), 'expected uint8')
     fails(lambda: learn.show_gradcam(np.zeros((2,3,9,9), dtype=np.uint8)), 'cannot be read')
 

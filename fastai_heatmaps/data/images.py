@@ -32,7 +32,10 @@ def is_turned(
 
 # %% ../../nbs/20_data.images.ipynb #im000034
 def _opened(o, cls): # `o` as an image of class `cls`, or any error that opening it raises
+    if isinstance(o, (str, Path)) and Path(o).is_dir(): raise ValueError('it is a folder; get_image_files lists the images in it')
     if isinstance(o, (str, Path, bytes)): return cls.create(o)
+    if isinstance(o, int):
+        raise ValueError(f'expected a path, bytes, a PIL image or pixels; for a photo of the validation set pass learn.dls.valid_ds[{o}]')
     if isinstance(o, (Tensor, np.ndarray)) and str(o.dtype).split('.')[-1]!='uint8':
         raise ValueError(f'its pixels are {o.dtype}, expected uint8, height × width × channels; a batch, transformed already, is for model_heatmaps')
     im = o if isinstance(o, Image.Image) else PILBase.create(o)

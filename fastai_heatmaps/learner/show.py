@@ -117,6 +117,7 @@ def plot_heatmap_grid(self:Learner,
     "Show images of the validation set, each beside its heatmaps, titled in green if the model is right and in red if it is wrong"
     if method=='?': return heatmap_methods
     if n<1: raise ValueError(f"n is {n}; expected at least 1")
+    if isinstance(items, int): raise ValueError(f"items is {items}; expected images; for as many of the validation set pass n={items}")
     if items is not None: items = as_items(items)
     total = len(self.dls.valid_ds if items is None else items)
     idxs = some_places(total, n, seed)
