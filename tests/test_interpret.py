@@ -153,7 +153,7 @@ def test_panels_of_a_photo_are_beside_each_other(torn):
         assert l.x1<r.x0 and abs(l.y0-r.y0)<1 and abs(l.y1-r.y1)<1
 
 
-@pytest.mark.parametrize('cls,options', [('pred', {}), ('both', {}), ('both', dict(colorbar=True)), ('pred', dict(same_scale=True, colorbar=True)), (['Red', 'Blue_ish'], dict(nrows=3)), ('both', dict(figsize=(9,7)))])
+@pytest.mark.parametrize('cls,options', [('pred', {}), ('both', {}), ('both', dict(colorbar=True)), ('pred', dict(same_scale=True, colorbar=True)), (['Red', 'Blue_ish'], dict(nrows=3)), ('both', dict(figsize=(9,7))), ('pred', dict(nrows=1, figsize=(11,2.4)))])
 def test_titles_of_top_losses(torn, cls, options):
     "However long the names, no title lies on a picture or on another title, none is broken inside a word, and the pictures of a row are level"
     names = ['german_shorthaired_pointer', 'Staffordshire bullterrier']

@@ -105,7 +105,7 @@ def _panels(fig, photos, k): # `k` panels beside each other for each of `photos`
 
 # %% ../../nbs/40_views.interpret.ipynb #in000009
 def _make_room(fig, grow): # for titles of several lines; with `grow` the figure becomes higher, and pictures stay as large as they are
-    fig.set_layout_engine('compressed')
+    fig.set_layout_engine('compressed' if grow else 'constrained') # in a low figure, compressed columns are narrower than titles
     rows = groupby([ax for ax in fig.axes if ax.images], lambda ax: ax.get_subplotspec().rowspan.start)
     lines = [max(1 + ax.get_title().count('\n') for ax in row) for row in rows.values()]
     if grow: fig.set_figheight(fig.get_figheight() + .17*sum(max(0, n-2) for n in lines)) # inches a line
