@@ -54,9 +54,8 @@ def takes_layer(method): return heatmap_methods[method].needs not in ('input', '
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize('method', list(heatmap_methods))
-@pytest.mark.parametrize('how', ways)
+@pytest.mark.parametrize('how,autocast', [*[(o, False) for o in ways], ('mixed', True)])
 def test_model_after_success(how, method, autocast):
     model = prepare(net_for(method), how)
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
