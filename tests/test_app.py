@@ -413,6 +413,13 @@ def call(tmp_path, monkeypatch, capsys):
     return _call
 
 
+def test_no_such_port(capsys):
+    "Said before the model is opened"
+    for port,says in (99999, 'expected a number up to 65535, not 99999'), (0, 'at least 1'), ('x', "at least 1, not 'x'"):
+        with pytest.raises(SystemExit) as e: cli.main(['app', 'nope.pkl', '--port', str(port)])
+        assert e.value.code==2 and says in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_command_space(small, files, call, tmp_path):
     "What is written is small and whole, and app.py answers as the Learner does, wherever it is started"
