@@ -113,7 +113,7 @@ class LogHeatmaps(Callback):
         items, # A photo or a list of a few of them, as for `get_heatmaps`
         every:int=1, # After how many epochs; the last one of a fit is logged in any case
         to=None, # A folder, 'tensorboard' or 'wandb'; None = those of the latter two of which fastai's callback is in use
-        **kwargs # For `get_heatmaps`, such as `cls='targ'`, which names the same class in each epoch; or looks, such as `boxes=True`
+        **kwargs # For `get_heatmaps`, such as `cls='targ'`, the same class in each epoch; or looks, such as `boxes=True`
     ):
         check_whole(every=every)
         if 'out' in kwargs: raise ValueError("out= is for one run, and each epoch is another: leave it out; "
