@@ -65,6 +65,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fastai_heatmaps.cli.main._parse': ('cli.main.html#_parse', 'fastai_heatmaps/cli/main.py'),
                                           'fastai_heatmaps.cli.main._parser': ('cli.main.html#_parser', 'fastai_heatmaps/cli/main.py'),
                                           'fastai_heatmaps.cli.main._parts': ('cli.main.html#_parts', 'fastai_heatmaps/cli/main.py'),
+                                          'fastai_heatmaps.cli.main._port': ('cli.main.html#_port', 'fastai_heatmaps/cli/main.py'),
                                           'fastai_heatmaps.cli.main._report': ('cli.main.html#_report', 'fastai_heatmaps/cli/main.py'),
                                           'fastai_heatmaps.cli.main._request': ('cli.main.html#_request', 'fastai_heatmaps/cli/main.py'),
                                           'fastai_heatmaps.cli.main._run': ('cli.main.html#_run', 'fastai_heatmaps/cli/main.py'),

@@ -26,6 +26,7 @@ import inspect as _inspect, sys as _sys
 from .core.help import explain_params as _explain_params
 from .data.draw import lay_map as _lay_map
 _ours = [f for o in (_sys.modules[__name__], Learner, Heatmaps, Interpretation) for f in vars(o).values()
-         if _inspect.isfunction(f) and f.__module__.startswith('fastai_heatmaps.')]
+         if (_inspect.isfunction(f) or _inspect.isclass(f) and '__init__' in vars(f))
+         and f.__module__.startswith('fastai_heatmaps.')]
 _explain_params(*_ours, shared=[_lay_map, Heatmaps.show, Heatmaps.plot, Learner.get_heatmaps, Learner.show_heatmap,
                               Learner.heatmap_report, Learner.get_class_image])

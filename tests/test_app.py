@@ -266,13 +266,17 @@ def test_choices_of_the_page(small, pics, files, tmp_path):
     assert any('<h1>&lt;b&gt;Is it red?</h1>' in (o.value or '') for o in parts(app, gr.HTML))
     assert parts(app, gr.Dropdown)[1].value=='layercam' and parts(app, gr.Slider)[0].value==.4
     assert [Image.open(o['path']).size for o, in parts(app, gr.Dataset)[0].samples]==[Image.open(files[0]).size, (1024,10)]
+    alone, = parts(small.heatmap_app(examples=files[0]), gr.Dataset)[0].samples # not letter by letter
+    assert Image.open(alone[0]['path']).size==Image.open(files[0]).size
     small.export(tmp_path/'e.pkl')
     exported = load_learner(tmp_path/'e.pkl')
     assert not parts(exported.heatmap_app(), gr.Dataset)
 
 
 def test_what_cannot_be_served(small, pics, monkeypatch):
-    for kwargs,says in [(dict(method='nope'), 'no method'), (dict(layer='nope'), 'nope')]:
+    for kwargs,says in [(dict(method='nope'), 'no method'), (dict(layer='nope'), 'nope'), (dict(layer=['0','1']), 'expected one layer, not 2'),
+                        (dict(alpha=2), 'alpha is 2; expected 0 to 1'), (dict(alpha='x'), "alpha is 'x'"), (dict(examples=3), 'int input cannot be read'),
+                        (dict(method=lambda acts: acts.mean(1)), 'by name: enter yours with heatmap_method')]:
         with pytest.raises(ValueError, match=says): small.heatmap_app(**kwargs)
     df = pd.DataFrame(dict(a=[1.,2.,3.,4.], y=[0.,1.,0.,1.]))
     from fastai.tabular.all import TabularDataLoaders, tabular_learner
@@ -407,6 +411,13 @@ def call(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         return cli.main([*map(str, args)]),*capsys.readouterr()
     return _call
+
+
+def test_no_such_port(capsys):
+    "Said before the model is opened"
+    for port,says in (99999, 'expected a number up to 65535, not 99999'), (0, 'at least 1'), ('x', "at least 1, not 'x'"):
+        with pytest.raises(SystemExit) as e: cli.main(['app', 'nope.pkl', '--port', str(port)])
+        assert e.value.code==2 and says in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -165,7 +165,9 @@ def test_sizes_differ_and_loaded(demo):
 
 def test_bad_input():
     for kw,says in [(dict(thresh=0), 'thresh is 0; expected a part'), (dict(thresh=1), 'between 0 and 1'),
-                    (dict(n=0), 'n is 0; expected at least 1'), (dict(on='photo'), "on is 'photo'; expected 'input'")]:
+                    (dict(thresh='x'), "thresh is 'x'; expected a part"), (dict(thresh=None), 'thresh is None'),
+                    (dict(n=0), 'n is 0; expected a whole number, at least 1'), (dict(n='3'), "n is '3'"), (dict(n=1.5), 'n is 1.5'),
+                    (dict(interpolation='nearst'), "interpolation is 'nearst'; expected 'bicubic', 'nearest' or another"), (dict(on='photo'), "on is 'photo'; expected 'input'")]:
         with pytest.raises(ValueError, match=says) as e: seen(two).boxes(**kw)
         assert '\n' not in str(e.value)
 
@@ -250,7 +252,7 @@ def test_means_of_numbers(six):
     hm = six.replace(task='numbers', targs=torch.rand(6, 2))
     check_means(hm, hm.mean(), {0:(range(6), [0,1,0,1,1,0]), 1:(range(6), [1,0,1,0,0,1])})
     for by in ('targ', 'pred'):
-        with pytest.raises(ValueError, match="this model answers with numbers: use by='cls'"): hm.mean(by)
+        with pytest.raises(ValueError, match="this model does not sort photos into classes: use by='cls'"): hm.mean(by)
 
 
 def test_means_of_pixels(learn):
@@ -315,3 +317,9 @@ def test_bad_means(six):
     with pytest.raises(ValueError, match="by is 'class'; expected 'cls'"): six.mean('class')
     with pytest.raises(ValueError, match="by='targ' needs the true classes"): six.replace(targs=None).mean('targ')
     with pytest.raises(ValueError, match='there are no heatmaps'): six[[]].mean()
+
+
+def test_numbers_without_names(six):
+    "They are called by their place"
+    hm = six.replace(task='numbers', vocab=None, targs=None)
+    assert hm.mean().title(0)[0][0]=='0,' and set(sum((o.lbl for o in hm.boxes(on='input')), []))<={'0','1'}

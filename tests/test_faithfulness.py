@@ -449,7 +449,7 @@ def test_the_learner_must_be_known_and_the_same(learn, tmp_path):
     with pytest.raises(ValueError, match='no heatmaps to measure'): hm[:0].faithfulness()
     with torch.no_grad(): learn.model[1][2].weight.mul_(-3)
     with pytest.raises(ValueError, match='no longer says what it said when these heatmaps were made') as e: hm.faithfulness(metrics='drop')
-    assert '\n' not in str(e.value)
+    assert '\n' not in str(e.value) and 'made with tta=True' in str(e.value)
 
 
 def test_fill_is_in_the_table(learn):

@@ -5,7 +5,7 @@ import fastai_heatmaps.all
 from fastai_heatmaps.core.help import read_comments, explain_params
 
 ours = {f'{getattr(o, "__name__", o)}.{n}': f for o in (fastai_heatmaps.all, Learner, Heatmaps, Interpretation) for n,f in vars(o).items()
-        if inspect.isfunction(f) and f.__module__.startswith('fastai_heatmaps.') and not n.startswith('_')}
+        if (inspect.isfunction(f) or inspect.isclass(f) and '__init__' in vars(f)) and f.__module__.startswith('fastai_heatmaps.') and not n.startswith('_')}
 
 
 def test_every_parameter_is_explained():
@@ -23,6 +23,17 @@ def test_docstrings_begin_as_written():
     assert '\n  img            One image, as for `open_image`' in doc and '\n  alpha          Opacity' in doc # its own, and one that it passes on
 
 
+def test_classes_say_it_of_what_makes_them():
+    assert '\n  every   After how many epochs' in LogHeatmaps.__doc__ and '\n  maps    (n, k, h, w)' in Heatmaps.__doc__
+
+
+def test_what_is_passed_on_is_said():
+    "That of `tta` and the options of a method, in what shows them"
+    for f in (Learner.show_heatmap, Learner.show_gradcam, Learner.show_occlusion, Learner.plot_heatmap_grid):
+        assert '`tta=True`' in f.__doc__.split('\n  kwargs ')[1]
+    assert 'tta' not in Heatmaps.replace.__doc__ and 'tta' not in Learner.show_class_image.__doc__
+
+
 def test_comments_end_with_the_signature():
     def f(
         a, # First: a "#" in it
@@ -33,8 +44,13 @@ def test_comments_end_with_the_signature():
     ): # What comes back
         "Do it"
         d = 1 # Not a parameter
-    # written inside of a function it is indented; the package's functions are not
-    assert read_comments(f)=={} and read_comments(len)=={} and read_comments(partial(f, 1))=={}
+    class C:
+        def __init__(self,
+            d, # Fourth
+            e=4, # Fifth
+        ): g = 1 # Not a parameter
+    assert read_comments(f)==dict(a='First: a "#" in it', args='Not told', b='Second', kwargs='The rest')
+    assert read_comments(C)==dict(d='Fourth', e='Fifth') and read_comments(len)=={} and read_comments(partial(f, 1))=={}
     assert read_comments(model_heatmaps)['xb'].startswith('The images as the model takes them') and 'f' not in read_comments(model_heatmaps)
 
 

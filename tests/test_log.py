@@ -126,6 +126,18 @@ def test_panels_show_the_map_over_the_photo(pics, photos):
         assert np.abs(half[-205:-5,5:205]-want[200*j:200*j+200]).mean()<1 # 2 inches of 100 pixels, at the lower end
         assert (half[-4:]==255).all() and (half[:,:4]==255).all()
 
+def test_looks(pics, photos):
+    "A panel has the boxes, opacity and style that it is asked for, as `show` has them"
+    learn,plain,boxed,clear = tiny(pics),*[LogHeatmaps(photos[:1], layer='0.1', **o) for o in ({}, dict(boxes=True), dict(alpha=0, style='even'))]
+    learn.fit(1, cbs=[plain, boxed, clear])
+    arrays = [np.array(o.panels[0][1]).astype(int) for o in (plain, boxed, clear)]
+    assert np.array_equal(plain.heatmaps[0].maps, boxed.heatmaps[0].maps) and len(plain.heatmaps[0].boxes()[0].bbox)>0
+    changed = np.abs(arrays[0]-arrays[1]).max(-1)>0
+    assert 20<changed.sum()<.3*changed.size # lines, and no other map
+    photo = np.array(boxed.panels[0][0]).astype(int)
+    assert np.abs(photo-arrays[2])[-150:].max()<=1 # below the titles
+
+
 def test_strip(pics, photos):
     "The photo, then the epochs in order, each as wide and the same distance apart; what is white on top is cut off"
     learn,log = tiny(pics),LogHeatmaps(photos, cls='targ')
@@ -207,7 +219,10 @@ def test_errors_before_the_first_step_are_raised(pics, photos, tmp_path):
     before = [p.detach().clone() for p in learn.model.parameters()]
     for kwargs,said in [(dict(cls='Rde'), 'Red'), (dict(method='nope'), 'no method'), (dict(to='wandb'), "to='wandb' needs fastai's WandbCallback"), (dict(to='tensorboard'), "needs fastai's TensorBoardCallback")]:
         with pytest.raises(ValueError, match=said): learn.fit(1, cbs=LogHeatmaps(photos, **kwargs))
-    with pytest.raises(ValueError, match='expected at least 1 epoch'): LogHeatmaps(photos, every=0)
+    for every in (0, 1.5, '2', None):
+        with pytest.raises(ValueError, match=f'every is {every!r}; expected a whole number, at least 1'): LogHeatmaps(photos, every=every)
+    with pytest.raises(ValueError, match='there are no photos to log'): LogHeatmaps([])
+    with pytest.raises(ValueError, match='out= is for one run, and each epoch is another'): LogHeatmaps(photos, out=tmp_path/'maps')
     with pytest.raises(ValueError, match='nothing has been logged yet'): LogHeatmaps(photos).strip()
     with pytest.raises(ValueError): learn.fit(1, cbs=LogHeatmaps([tmp_path/'none.png']))
     assert all(map(torch.equal, before, learn.model.parameters()))

@@ -126,6 +126,22 @@ def test_top_classes_and_the_true_one(tmp_path):
     assert [o['text'].split(' 0.')[0] for o in page.all('label')[-9:]][3*cat:][:2]==[hm.name(c) for c in hm.cls[0,:2]]
 
 
+def test_begins_with_the_likeliest_class(hm, tmp_path):
+    "Of those explained, in whatever order, with one class a photo or several; numbers begin with the first"
+    hm = hm.replace(cls=tensor([[2,0,1]]*6))
+    for task,targs in ('class', hm.targs), ('classes', torch.eye(3)[hm.targs].long()), ('numbers', torch.rand(6, 3)):
+        page = Page(hm.replace(task=task, targs=targs).report(tmp_path/f'{task}.html'))
+        chosen = [i%3 for i,o in enumerate(page.all('input', class_='map')) if 'checked' in o]
+        assert chosen==([0]*6 if task=='numbers' else [[1,2,0][c] for c in hm.preds.argmax(1)])
+
+
+def test_says_what_evidence_is_for(hm, tmp_path):
+    "Of a class; of a larger number in a regression; and activations are of neither"
+    for kw,said in (dict(), 'evidence for a class'), (dict(task='numbers', targs=None), 'evidence for a larger number'), (dict(method='activations'), 'where the model is most active'):
+        page = Page(hm.replace(**kw).report(tmp_path/'r.html', overwrite=True))
+        assert said in page.all('section', id='begin')[0]['text']
+
+
 def test_only_mistakes_have_two_maps(hm, tmp_path):
     "Whatever the order of the classes"
     page = Page(hm.replace(cls=torch.arange(3).expand(6, 3)).report(tmp_path/'r.html'))
@@ -212,12 +228,12 @@ def test_check(learn, hm, tmp_path):
         assert any(o['src'].startswith('data:image/png') for o in page.all('img'))
     asked = []
     class Checked(Learner):
-        def check_heatmaps(self, items=None, method='gradcam', layer=None, n=64, seed=0, bs=None):
-            asked.append((items, method, layer, seed, bs))
+        def check_heatmaps(self, items=None, method='gradcam', layer=None, n=64, input=0, seed=0, bs=None):
+            asked.append((items, method.name, method.func.keywords, layer, input, seed, bs))
             return found
     learn.__class__ = Checked
-    assert Page(learn.heatmap_report(tmp_path/'c.html', check=True, seed=5)).all('section', class_='verdict')
-    assert asked==[(None, 'gradcam', None, 5, None)]
+    assert Page(learn.heatmap_report(tmp_path/'c.html', method='occlusion', window=32, check=True, seed=5)).all('section', class_='verdict')
+    assert asked==[(None, 'occlusion', dict(window=32), None, 0, 5, None)] # the method that made the maps, with its options
     assert not plt.get_fignums()
 
 
@@ -378,8 +394,9 @@ def test_many_classes_are_listed(hm, tmp_path):
 # Files, errors, traces
 
 def test_bad_input(learn, hm, tmp_path):
-    for kw,says in [(dict(out=tmp_path/'r.pdf'), 'ends in .html'), (dict(n=0), 'n is 0; expected at least 1'),
-                    (dict(topk=0), 'topk is 0'), (dict(layer='0.99'), '0.99'), (dict(cls='Rad'), "'Red'"),
+    for kw,says in [(dict(out=tmp_path/'r.pdf'), 'ends in .html'), (dict(n=0), 'n is 0; expected a whole number, at least 1'),
+                    (dict(topk=0), 'topk is 0'), (dict(n='3'), "n is '3'"), (dict(n=1.5), 'n is 1.5'), (dict(topk='a'), "topk is 'a'"),
+                    (dict(seed='x'), "seed is 'x'"), (dict(check='yes'), "check is 'yes'; expected what check_heatmaps has found"), (dict(layer='0.99'), '0.99'), (dict(cls='Rad'), "'Red'"),
                     (dict(items=[]), 'no images'), (dict(ds_idx=7), 'no set 7')]:
         with pytest.raises(ValueError, match=says) as e: learn.heatmap_report(**{'out': tmp_path/'r.html', **kw})
         assert '\n' not in str(e.value)

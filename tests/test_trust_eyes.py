@@ -69,7 +69,7 @@ def test_one_line_errors():
     fails(learn.sanity_check, 'epochs is 0; expected a whole number, at least 1', labels=True, epochs=0)
     for n in ('a', 2.5, None): fails(learn.sanity_check, f'stages is {n!r}; expected a whole number', stages=n)
     for n in ('a', 2.5, None): fails(learn.heatmap_stability, f'copies is {n!r}; expected a whole number', copies=n)
-    for v in ('a', 0, None): fails(learn.heatmap_stability, f'noise is {v!r}; expected a positive number', noise=v)
+    for v in ('a', 0, None, math.nan, math.inf): fails(learn.heatmap_stability, f'noise is {v!r}; expected a positive number', noise=v)
     with pytest.raises(ValueError, match='of a class') as e: learn.check_heatmaps(method='?')
     assert len(str(e.value).splitlines())==len(heatmap_methods)+2, 'the table is there for who asks for it'
 

@@ -278,6 +278,10 @@ def _at_least_1(o):
         raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, not {o!r}')
     return int(o)
 
+def _port(o):
+    if _at_least_1(o)>65535: raise argparse.ArgumentTypeError(f'expected a number up to 65535, not {o}')
+    return int(o)
+
 def _add_command(commands, name, run, help, examples=''):
     c = commands.add_parser(name, help=help, description=help[0].upper()+help[1:]+'.',
                             epilog=examples.format(c=name)+_codes, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -378,7 +382,7 @@ def _add_app(commands):
     _add_file(c)
     _add_model(c)
     g = c.add_argument_group('the page')
-    g.add_argument('--port', type=_at_least_1, help='where it is served (default: the first that is free from 7860 on)')
+    g.add_argument('--port', type=_port, help='where it is served (default: the first that is free from 7860 on)')
     g.add_argument('--quiet', action='store_true', help='print nothing but errors')
 
 def _add_space(commands):

@@ -10,19 +10,22 @@ import inspect,linecache,re
 
 # %% ../../nbs/08_core.help.ipynb #he000005
 def read_comments(
-    f:callable # A function with one parameter a line
+    f:callable # A function or class with one parameter a line
 ) -> dict: # Name -> comment
     "Read what the comments beside the parameters of `f` say, from its source; nothing where there is none"
+    if inspect.isclass(f): f = f.__init__
     code,res = getattr(inspect.unwrap(f), '__code__', None),{}
     if code is None: return res
-    for line in linecache.getlines(code.co_filename)[code.co_firstlineno-1:]:
+    first,*_ = lines = linecache.getlines(code.co_filename)[code.co_firstlineno-1:] or ['']
+    for line in lines:
+        line = line[len(first)-len(first.lstrip()):]
         if said := re.match(r'    \**(\w+)\b[^#]*# (.+)', line): res[said[1]] = said[2].strip()
         elif not line.startswith(('@', 'def ', '    ')) or line.rstrip().endswith('):'): break
     return res
 
 # %% ../../nbs/08_core.help.ipynb #he000006
 def explain_params(
-    *fs:callable, # The functions whose docstrings get longer
+    *fs:callable, # The functions and classes whose docstrings get longer
     shared=() # Functions that explain what others pass on to them: the first that knows a parameter is believed
 ):
     "Add to the docstring of each of `fs` what its parameters mean"

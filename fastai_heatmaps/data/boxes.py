@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/26_data.boxes.ipynb #bx000003
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
-from ..core.passes import person_looks
+from ..core.passes import check_whole, person_looks
 from .photo import on_photo
 from .draw import enlarged, regions
 from .heatmaps import Heatmaps
@@ -54,7 +54,7 @@ def boxes(self:Heatmaps,
     interpolation=None # How maps are enlarged; None = as they are drawn; 'nearest' = boxes along the cells
 ) -> list: # Of each image a `LabeledBBox`; `scores` (m,), the share of a map's evidence in each region; `masks` (m, H, W)
     "Find the boxes of the connected regions where the evidence for a class is strong, those with the most of it first"
-    if n is not None and n<1: raise ValueError(f"n is {n}; expected at least 1")
+    if n is not None: check_whole(n=n)
     places = range_of(self)
     if person_looks() and len(self)>20: places = progress_bar(places, leave=False)
     res = [_boxes(self, i, thresh, on, n, masks, interpolation) for i in places]

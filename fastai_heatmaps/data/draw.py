@@ -13,6 +13,7 @@ from fastai.basics import *
 from ..core.no_trace import no_trace
 from matplotlib.colors import ListedColormap
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import interpolations_names
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from scipy import ndimage # which comes with fastai
@@ -58,6 +59,8 @@ def styled(
     "Complete a style: what is None is the style's own"
     style = style or 'fade'
     if style not in styles: raise ValueError(f"style is {style!r}; expected one of {', '.join(styles)}")
+    if interpolation not in (None, *interpolations_names):
+        raise ValueError(f"interpolation is {interpolation!r}; expected 'bicubic', 'nearest' or another of matplotlib's")
     own = styles[style]
     cmap = plt.get_cmap(cmap or own['signed' if signed else 'cmap'])
     return dict(cmap=_fading(cmap, signed) if style=='fade' else cmap, alpha=ifnone(alpha, own['alpha']),

@@ -18,6 +18,7 @@ from .images import Images
 from .photo import on_photo
 from .draw import styled, color_scale, enlarged, lay_map, show_overlay, regions, draw_boxes
 from .draw import wrap_title, show_scales, new_panels, as_png
+from numbers import Real
 
 # %% ../../nbs/23_data.heatmaps.ipynb #4245b796
 class Heatmaps:
@@ -49,7 +50,9 @@ class Heatmaps:
         images = '1 image' if len(self)==1 else f'{len(self)} images'
         return f"Heatmaps {shape}: {images}, {self.cls.shape[1]} of {self.preds.shape[1]} classes each"
 
-    def replace(self, **kwargs):
+    def replace(self,
+        **kwargs # Attributes, such as `maps`
+    ):
         "Copy these heatmaps, with other values for the attributes in `kwargs`"
         res = object.__new__(type(self)) # `copy` would leave out what a pickle does
         vars(res).update(vars(self))
@@ -87,7 +90,7 @@ class Heatmaps:
 
     def name(self, c):
         "Name class `c`: its name in the vocab, or its index as text"
-        return str(c if self.vocab is None else self.vocab[c])
+        return str(int(c) if self.vocab is None else self.vocab[c])
 
     def image(self, i):
         "Decode image `i` as the model saw it: (channels, H, W)"
@@ -226,7 +229,8 @@ def level(self:Heatmaps,
     thresh:float # A part of the maximum, between 0 and 1
 ) -> float: # 0 where nothing speaks for the class
     "Give the value that is `thresh` of a map's maximum"
-    if not 0<thresh<1: raise ValueError(f"thresh is {thresh}; expected a part of the maximum, between 0 and 1")
+    if not isinstance(thresh, Real) or not 0<thresh<1:
+        raise ValueError(f"thresh is {thresh!r}; expected a part of the maximum, between 0 and 1")
     m = self.maps[i][j]
     return thresh*max(float(m.max()), 0) if m.isfinite().all() else 0.
 

@@ -57,7 +57,7 @@ def photos_of(
         raise ValueError(f"by is {by!r}; expected 'cls', the class explained, 'targ', the true one, or 'pred'")
     found = task.found(hm.preds, hm.thresh)
     if found is None:
-        raise ValueError(f"by={by!r} needs classes, and this model answers with numbers: use by='cls'")
+        raise ValueError(f"by={by!r} needs classes, and this model does not sort photos into classes: use by='cls'")
     if by=='pred': return found
     if hm.targs is None:
         raise ValueError("by='targ' needs the true classes, and they are not known here: use by='pred' or by='cls'")

@@ -107,7 +107,7 @@ def distrib_heatmaps(self:Learner,
     dl=None, # A DataLoader to use instead
     bs:int=None, # Batch size in each process; None = that of the DataLoaders
     out=None, # A folder in which each process writes into `process-0`, ...; as many processes go on from there
-    **kwargs
+    **kwargs # For `get_heatmaps`
 ) -> Heatmaps: # In each process those of all images, in their order
     "Share `get_heatmaps` among the processes that `torchrun` or `accelerate launch` started; each of them must call this"
     state = distrib_state()

@@ -9,6 +9,7 @@ __all__ = ['split_kwargs']
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
 from ..core.method import heatmap_methods
+from ..core.passes import check_whole
 from ..data.images import Images, as_items, some_places
 from ..data.heatmaps import Heatmaps
 from .run import shadow
@@ -36,7 +37,7 @@ def show_heatmap(self:Learner,
     relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     topk:int=1, # How many of the most likely classes, if `cls` is None
     input:int=0, # Which of the model's inputs is explained and shown, where it takes several
-    **kwargs
+    **kwargs # For `get_heatmaps`, such as `tta=True`, and options of the method, such as `n` for 'rise'
 ): # The Axes, or an array of them for several classes
     "Show why the model sees `cls` in `img`, by any method"
     if method=='?': return heatmap_methods
@@ -116,7 +117,7 @@ def plot_heatmap_grid(self:Learner,
 ): # An array of Axes, rows × columns
     "Show images of the validation set, each beside its heatmaps, titled in green if the model is right and in red if it is wrong"
     if method=='?': return heatmap_methods
-    if n<1: raise ValueError(f"n is {n}; expected at least 1")
+    check_whole(n=n)
     if isinstance(items, int): raise ValueError(f"items is {items}; expected images; for as many of the validation set pass n={items}")
     if items is not None: items = as_items(items)
     total = len(self.dls.valid_ds if items is None else items)

@@ -186,7 +186,7 @@ def _check_same(now, then): # are the predictions those that the heatmaps were m
     if now.shape==then.shape and torch.allclose(now, then, rtol=0, atol=.01, equal_nan=True): return
     far = f'up to {(now-then).abs().max():.2f} apart' if now.shape==then.shape else f'{now.shape[1]} classes, not {then.shape[1]}'
     raise ValueError(f"the model no longer says what it said when these heatmaps were made ({far}): it was trained since, "
-                     "or the images change at random; make the heatmaps anew")
+                     "or the images change at random, or they were made with tta=True, an average of other views; make them anew")
 
 # %% ../../nbs/53_trust.faithfulness.ipynb #ff000023
 def _sizes(hm): return tuple(tuple(m.shape[1:]) for m in hm.maps)

@@ -143,7 +143,7 @@ def heatmap_stability(self:Learner,
     **options # Of the methods, as in `get_heatmaps`; one called `n` or `seed` is passed as `method=get_method('rise', n=500)`
 ) -> Findings: # A row for each method; `each` has 'method noise', 'flip', 'others' and 'gini' (n, k), and 'moved' (n, copies, k)
     "Measure how far maps move under noise that does not change the answer and under a flip, and how concentrated they are"
-    if not isinstance(noise, Real) or noise<=0: raise ValueError(f"noise is {noise!r}; expected a positive number, such as .02")
+    if not isinstance(noise, Real) or not 0<noise<math.inf: raise ValueError(f"noise is {noise!r}; expected a positive number, such as .02")
     check_whole(copies=copies)
     methods,run = named_methods(method, **options),shadow(self)
     images,cls = choose_images(run, items, n, cls, seed, bs=bs, input=input)

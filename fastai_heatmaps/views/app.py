@@ -7,16 +7,16 @@ __all__ = []
 
 # %% ../../nbs/47_views.app.ipynb #ap000003
 from fastai.vision.all import *
-from ..core.no_trace import no_trace, unwrap
-from ..core.layers import find_layers
+from ..core.no_trace import no_trace
 from ..core.tasks import tasks
 from ..core.method import get_method
-from ..data.images import open_image, image_class, takes_several, image_dl, some_places, to_images
+from ..data.images import open_image, as_items, image_class, takes_several, image_dl, some_places, to_images
 from ..data.draw import styles, color_words
 from ..learner.run import shadow, output_names, model_name
 from ..learner.kept import Passes, class_menu, method_menu, error_line
 from functools import lru_cache
 from html import escape
+from numbers import Real
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 # %% ../../nbs/47_views.app.ipynb #ap000011
@@ -31,7 +31,7 @@ def _keeper(learn, score): # a function from a photo's file to its `Passes` and 
 
 # %% ../../nbs/47_views.app.ipynb #ap000013
 def _examples(dls, items, n=6): # `n` photos of the validation set or, if there are `items`, these: PIL images
-    if items is not None: photos = [open_image(o, upright=True) for o in items]
+    if items is not None: photos = [open_image(o, upright=True) for o in as_items(items)]
     else:
         ds = dls.valid_ds
         photos = [o[0] if isinstance(o, tuple) else o for o in (ds[i] for i in some_places(len(ds), n, seed=0))]
@@ -146,8 +146,10 @@ def heatmap_app(self:Learner,
     if title is None: title = 'Heatmaps' + (f': {model_name(self)}' if hasattr(self, 'arch') else '')
     if takes_several(dls): raise ValueError("an app asks for one photo, and this Learner takes several inputs: use get_heatmaps")
     image_class(dls) # or says that it takes no images
-    get_method(method)
-    if layer is not None: find_layers(unwrap(self.model), layer)
+    get_method(method) # or says that there is none
+    if not isinstance(method, str): raise ValueError("the menu has methods by name: enter yours with heatmap_method")
+    if not isinstance(alpha, Real) or not 0<=alpha<=1: raise ValueError(f"alpha is {alpha!r}; expected 0 to 1")
+    Passes(self, None).one_layer(layer) # or says why there is no such layer
     keep = _keeper(self, score)
     def ask(photo, cls, method):
         passes,img = keep(photo)

@@ -165,7 +165,7 @@ def show_class_image(self:Learner,
     channel=None, # Of `layer`: an index, or a list of them; None = all of them together
     ctx=None, # A matplotlib Axes, or one for each picture; None = a new figure, four in a row
     figsize=None, # Of a new figure, in inches
-    **kwargs
+    **kwargs # For `get_class_image`
 ): # The Axes, or an array of them for several
     "Show the picture that excites a class most, titled with its probability, or the one that excites a channel of a layer most"
     several = next((o for o in (cls, channel) if is_iter(o) and not isinstance(o, str)), None)

@@ -10,6 +10,7 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace
 from ..core.targets import class_index
 from ..core.tasks import tasks, own_loss, activation
+from ..core.passes import check_whole
 from ..data.images import to_images, own_test_dl
 from ..data.draw import lay_map, styled, wrap_title, show_scales
 from ..data.heatmaps import Heatmaps
@@ -172,7 +173,7 @@ def confusion_heatmaps(self:ClassificationInterpretation,
     **kwargs # For `get_heatmaps` and the method
 ) -> Heatmaps: # By falling loss; of each image a map of the predicted class and one of the true one
     "Explain the images in one cell of the confusion matrix; `.plot()` shows them, both classes side by side"
-    if n is not None and n<1: raise ValueError(f"n is {n}; expected at least 1")
+    if n is not None: check_whole(n=n)
     vocab = list(self.vocab)
     t,p = [class_index(o, len(vocab), vocab) for o in (actual, predicted)]
     preds,targs = _answers(self, _item_dl(self, range_of(self.losses)))

@@ -8,11 +8,13 @@ __all__ = ['LogHeatmaps']
 # %% ../../nbs/48_views.log.ipynb #lg000003
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
+from ..core.passes import check_whole
 from ..data.drawn import check_free
 from ..data.files import file_names, marked_exif, whole_file
 from ..data.images import as_items
 from ..data.draw import wrap_title
-import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
+from ..data.heatmaps import Heatmaps
+from ..learner.show import split_kwargs
 from fastcore.imports import IN_NOTEBOOK
 from PIL import ImageChops
 import matplotlib.figure
@@ -40,10 +42,10 @@ def _photo_panel(hm, i): # photo `i`, with what is known of it
         wrap_title(axs[0], [] if hm.targs is None else [f'truth: {hm.truth(i)}'], size=9)
     return _panel(img, hm.cls.shape[1], draw)
 
-def _map_panel(hm, i, name): # its heatmaps, called `name`
+def _map_panel(hm, i, name, looks): # its heatmaps, called `name`; `looks` as for `Heatmaps.draw`
     img = hm.image(i)
     def draw(axs):
-        hm.draw(i, img, axs, truth=False)
+        hm.draw(i, img, axs, truth=False, **looks)
         for j,ax in enumerate(axs):
             lines,color = hm.title(i, j, truth=False)
             empty = ['(no evidence)'] if not hm.maps[i][j].any() else []
@@ -111,12 +113,16 @@ class LogHeatmaps(Callback):
         items, # A photo or a list of a few of them, as for `get_heatmaps`
         every:int=1, # After how many epochs; the last one of a fit is logged in any case
         to=None, # A folder, 'tensorboard' or 'wandb'; None = those of the latter two of which fastai's callback is in use
-        **kwargs # For `get_heatmaps`, such as `cls='targ'`, which names the same class in each epoch
+        **kwargs # For `get_heatmaps`, such as `cls='targ'`, the same class in each epoch; or looks, such as `boxes=True`
     ):
-        if every<1: raise ValueError(f"every is {every}; expected at least 1 epoch")
+        check_whole(every=every)
+        if 'out' in kwargs: raise ValueError("out= is for one run, and each epoch is another: leave it out; "
+                                            "the maps are in `heatmaps`, and to= takes a folder for the pictures")
         super().__init__()
         self._init_state()
-        self.photos,self.every,self.to,self.ask = as_items(items),every,None if to is None else str(to),kwargs
+        self.photos,self.every,self.to = as_items(items),every,None if to is None else str(to)
+        if not self.photos: raise ValueError("there are no photos to log: pass one, or a list of a few")
+        self.looks,self.ask = split_kwargs(kwargs, Heatmaps.draw)
         self.epochs,self.training_now = 0,False
 
     def _init_state(self): self.photos,self.heatmaps,self.panels = [],{},[]
@@ -150,7 +156,7 @@ def log(self:LogHeatmaps):
     hm = self.learn.get_heatmaps(self.photos, **self.ask)
     if not self.panels: self.panels = [[_photo_panel(hm, i)] for i in range_of(hm)]
     self.names = file_names([Path(o).stem for o in hm.images.names])
-    now = [_map_panel(hm, i, f'epoch {self.epochs}') for i in range_of(hm)]
+    now = [_map_panel(hm, i, f'epoch {self.epochs}', self.looks) for i in range_of(hm)]
     for panels,o in zip(self.panels, now): panels.append(o)
     self.heatmaps[self.epochs] = hm
     for write in writers: write(dict(zip(self.names, now)), self.epochs)

@@ -15,6 +15,7 @@ from .. import __version__
 from ..core.no_trace import no_trace
 from ..core.layers import find_layers
 from ..core.method import get_method
+from ..core.passes import check_whole
 from ..core.tasks import tasks, own_loss
 from ..data.drawn import check_free, drawn_by
 from ..data.files import whole_file
@@ -87,9 +88,10 @@ def _tags(hm, i, j): # what has to be said of a map besides its class
 def _choice(hm, i, j, number, cells, share): # one of the maps of photo `i`, to be chosen; `cells` and `share` as from `_bytes`
     task,c = tasks[hm.task],int(hm.cls[i,j])
     guesses,truths = _answers_to(hm, i)
-    beside = j>0 and task.one_class and guesses!=truths==[c] # a mistake shows the map of the true class as well
+    first = int(hm.preds[i,hm.cls[i]].argmax()) if task.ranked else 0 # of those explained the likeliest
+    beside = j!=first and task.one_class and guesses!=truths==[c] # a mistake shows the map of the true class as well
     data = dict(data_map=_text(cells.numpy().tobytes()), data_share=f'{share if task.ranked else 1:.3f}', data_beside=beside)
-    return Label(Input(type='radio', name=f'map-{number}', cls='map', checked=j==0, **data),
+    return Label(Input(type='radio', name=f'map-{number}', cls='map', checked=j==first, **data),
                  Span(ft('bdi', task.says(hm.name(c), hm.preds[i], c)), *_tags(hm, i, j)))
 
 def _card(hm, i, img, number, name, loss, signed): # photo `i`, `img`
@@ -264,6 +266,7 @@ def _tools(signed, ramp): # the bar of controls
 
 # %% ../../nbs/46_views.report.ipynb #re000032
 def _verdict(findings): # as from `check_heatmaps`
+    if not hasattr(findings, 'words'): raise ValueError(f"check is {findings!r}; expected what check_heatmaps has found")
     png = as_png(findings.plot(), dpi=80, facecolor='white')
     table = findings.table.round(3).reset_index()
     head = Thead(Tr(*[Th(str(o), scope='col') for o in table.columns]))
@@ -488,7 +491,7 @@ document.body.classList.add('alive')
 """
 
 # %% ../../nbs/46_views.report.ipynb #re000036
-def _page(title, sections, signed): # its photos go where the first `Slot` is, and the means of classes where the second is
+def _page(title, sections, hm, signed): # its photos go where the first `Slot` is, and the means of classes where the second is
     colours,zero,ramp = _colours(signed)
     digest = _text(sha256(_js.encode()).digest())
     allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -496,7 +499,8 @@ def _page(title, sections, signed): # its photos go where the first `Slot` is, a
                 Meta(http_equiv='Content-Security-Policy', content=allowed), Link(rel='icon', href='data:,'),
                 Meta(name='viewport', content='width=device-width, initial-scale=1'), Title(title), Style(Safe(_css)))
     note = Noscript(P('The maps are drawn by a script, which is turned off here. The photos and answers are all there.'))
-    how = P(color_words(signed), cls='soft')
+    of = ('a class' if tasks[hm.task].ranked else 'a larger number') if hm.by_class else None
+    how = P(color_words(signed, of), cls='soft')
     keys = P('The arrow keys lead from photo to photo, and 1 to 9 choose a map.', cls='soft keys')
     begin = Section(H2('Photos'), note, how, keys, id='begin')
     photos = begin,_tools(signed, ramp),Section(Slot(), id='photos', aria_label='Photos')
@@ -559,21 +563,21 @@ def heatmap_report(self:Learner,
     bs:int=None, # Batch size; None = that of the DataLoaders
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
     input:int=0, # Which of the model's inputs is explained and shown, where it takes several
-    check=False, # Add the verdict of `check_heatmaps`? True, or what that has found
+    check=False, # Add the verdict of `check_heatmaps` on `items` or the validation set? True, or what that has found
     seed:int=0, # Of the check, and of the choice where no losses are known
     overwrite:bool=False, # Write over a report of the same name?
-    **options # Of the method, such as `n` for 'rise'
+    **options # Of the method, such as `window` for 'occlusion'; maps made in other ways: `get_heatmaps(tta=True).report()`
 ) -> Path: # The file
     "Write a report for the browser: what the model is, where it is wrong, and photos with their heatmaps"
-    for k,v in dict(n=n, topk=topk).items():
-        if v is not None and v<1: raise ValueError(f"{k} is {v}; expected at least 1")
+    check_whole(topk=topk, **{} if n is None else dict(n=n))
+    check_whole(0, seed=seed)
     out,f,run = _check_out(out, overwrite),get_method(method, **options),shadow(self)
     if layer is not None and f.at_layer: layer = find_layers(run.model, layer)
     images = to_images(run.dls, items, ds_idx, dl, bs, output_names(self), input)
     asked = _ask(run, images, cls, topk, score)
     rows = _order(asked.losses, n, seed)
     pairs = _pairs(asked.task, asked.truths, asked.guesses)
-    findings = self.check_heatmaps(items, method, layer, input=input, seed=seed, bs=bs) if check is True else check
+    findings = self.check_heatmaps(items, f, layer, input=input, seed=seed, bs=bs) if check is True else check
     def explain(use):
         explain_images(run, images.part(rows), [f], lambda hms: use(*hms), asked.cls[rows], layer, relu, bs=bs, score=score)
     def page(hm, signed):
@@ -581,7 +585,7 @@ def heatmap_report(self:Learner,
         if None not in asked.losses: more.append(('mean loss', f'{np.mean(asked.losses):.4g}'))
         more += [('input', '×'.join(map(str, asked.shape))), ('seed', seed)]
         about = _about(self, hm, _how_many(len(rows), asked.losses), pairs, more)
-        return _page(_title(self), _sections(about, findings, pairs, rows, hm.name), signed)
+        return _page(_title(self), _sections(about, findings, pairs, rows, hm.name), hm, signed)
     classes,by = _classes_of(asked.truths, asked.guesses)
     worst = len(rows)<len(images) and None not in asked.losses
     of = f"{by}{', of those below, which have the largest losses' if worst else ''}"
@@ -617,7 +621,7 @@ def report(self:Heatmaps,
     guesses,truths = _answers(task, self.preds, self.targs, self.thresh)
     pairs = _pairs(task, truths, guesses)
     sections = _sections(_about(self.learn, self, f'{len(self):,}', pairs, []), check, pairs, range_of(self), self.name)
-    def page(hm, signed): return _page(_title(self.learn), sections, signed)
+    def page(hm, signed): return _page(_title(self.learn), sections, hm, signed)
     classes,of = _classes_of(truths, guesses)
     photos = SimpleNamespace(names=_short(self.images.names), losses=[None]*len(self), classes=classes, of=of)
     return _write(out, page, lambda use: use(self), photos)
