@@ -132,7 +132,7 @@ def test_what_a_mask_may_be(seen, tmp_path):
     (lambda hm: [mask(size=(64,63))]*6, None, r"the mask of .*png: its size is 64×63, and may it lie on what the model saw, 64×64 \(height × width\), or on the photo, \d+×\d+\? Pass on='input' or on='original'$"),
     (lambda hm: boxes(), None, "boxes have no size, and may it lie"),
     (lambda hm: [mask()]*5+[mask().long()+1], None, r'it has the values 1, 2, and which of them is the object\?'),
-    (lambda hm: [np.zeros((2,64,64))]*6, 'input', r"its shape is \(2, 64, 64\); expected a mask \(H, W\), or boxes \(m, 4\)"),
+    (lambda hm: [np.zeros((2,64,64))]*6, 'input', r"it has the shape \(2, 64, 64\); expected a mask \(H, W\), or boxes \(m, 4\)"),
     (lambda hm: boxes(b=(40,16,8,48)), 'input', 'its box 40, 16, 8, 48 ends before it begins; expected x1, y1, x2, y2'),
     (lambda hm: boxes(b=(-.5,-.5,.2,.9)), 'input', 'is not in pixels'),
     (lambda hm: boxes(b=(70,0,90,9)), 'input', 'lies outside of the picture, which is 64×64'),

@@ -68,3 +68,23 @@ def test_nothing_of_ours_draws(learn, pics, monkeypatch):
         set_seed(1)
         call()
         assert (random.random(),np.random.rand(),torch.rand(2).tolist())==want
+
+
+@pytest.mark.parametrize('module,back', [('wandb.sdk.lib.asyncio_manager', True), ('huggingface_hub.utils._telemetry', True), ('a_training_of_mine', False)])
+def test_threads_that_only_log_do_not_count(pics, module, back):
+    "Beside them what a model draws is put back; beside a thread that may draw itself it is not"
+    learn,done = pic_learner(pics),threading.Event()
+    learn.model = nn.Sequential(learn.model[0], nn.Sequential(Draws(), *learn.model[1]))
+    def wait(): done.wait()
+    wait.__module__ = module
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        set_seed(1)
+        want = torch.rand(2).tolist()
+        set_seed(1)
+        learn.show_gradcam(get_image_files(pics)[0])
+        assert (torch.rand(2).tolist()==want)==back
+    finally:
+        done.set()
+        thread.join()

@@ -70,9 +70,9 @@ def _unlock(): # if an interrupt kept this thread from doing so
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000014
 _waiting = {'threading', 'ipykernel', 'IPython', 'jupyter_client', 'zmq', 'tornado', 'tqdm', 'execnet', 'debugpy',
-            '_pydevd_bundle'}
+            '_pydevd_bundle', 'wandb', 'tensorboard', 'huggingface_hub'}
 
-def _waits(thread): # is it one of those that Jupyter and the like keep in the background?
+def _waits(thread): # is it one of those that Jupyter, W&B and the like keep in the background?
     does = getattr(thread, '_target', None) or type(thread)
     return thread.daemon and getattr(does, '__module__', '').partition('.')[0] in _waiting
 
