@@ -17,6 +17,7 @@ def _need(module): # a module of the extra `demo`
     except ImportError as e: raise ImportError(f"the demo needs {module}: pip install \"fastai_heatmaps[demo]\"") from e
 
 # %% ../nbs/60_samples.ipynb #2ea2e648
+_categories = torchvision.models.EfficientNet_B0_Weights.DEFAULT.meta['categories'] # of ImageNet: only the names
 demo_labels = dict(cat='tabby', coffee='espresso', rocket='missile') # photo -> its class, or the nearest of the 1000
 
 # %% ../nbs/60_samples.ipynb #2225a5b6
@@ -59,8 +60,7 @@ class WholeImage(Transform):
 # %% ../nbs/60_samples.ipynb #62cb24b4
 def demo_learner() -> Learner:
     "Make a Learner with a pretrained model and the 1000 ImageNet classes; its data are the three photos, and it takes any others"
-    vocab = torchvision.models.EfficientNet_B0_Weights.DEFAULT.meta['categories'] # only the names
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=vocab, sort=False)), get_x=demo_image, get_y=demo_labels.get,
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=_categories, sort=False)), get_x=demo_image, get_y=demo_labels.get,
                       splitter=lambda o: (range_of(o), range_of(o)),
                       item_tfms=WholeImage(), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
     dls = block.dataloaders(list(demo_labels), bs=1, num_workers=0, device='cpu') # one at a time: they differ in shape
@@ -95,8 +95,8 @@ def logo_photo(
     return PILImage.create(im)
 
 # %% ../nbs/60_samples.ipynb #sp000004
-def _fit_head(head, body, dl, loss=F.cross_entropy): # the body stays as it is, so it runs once
-    with torch.no_grad(): feats = [(body(x).mean((2,3)), y) for x,y in dl]
+def _new_head(body, head, dls, loss, metric): # a Learner whose head is trained; the body stays as it is, so it runs once
+    with torch.no_grad(): feats = [(body(x).mean((2,3)), y) for x,y in dls.train]
     x,y = [torch.cat(o).as_subclass(Tensor) for o in zip(*feats)]
     opt = torch.optim.Adam(head.parameters(), 1e-3, weight_decay=1e-2)
     for _ in range(300):
@@ -104,6 +104,10 @@ def _fit_head(head, body, dl, loss=F.cross_entropy): # the body stays as it is, 
         loss(head(x), y).backward()
         opt.step()
     opt.zero_grad()
+    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))
+    learn = Learner(dls, model, loss_func=loss, metrics=metric)
+    learn.remove_cb(ProgressCallback)
+    return learn
 
 # %% ../nbs/60_samples.ipynb #sp000005
 def logo_learner(
@@ -121,12 +125,7 @@ def logo_learner(
                       splitter=IndexSplitter(range(48, 64)), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
     set_seed(0)
     dls = block.dataloaders(train+valid, bs=16, num_workers=0, device='cpu')
-    body,head = demo_model()[0],nn.Linear(1280, 2)
-    _fit_head(head, body, dls.train)
-    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    learn.remove_cb(ProgressCallback)
-    return learn
+    return _new_head(demo_model()[0], nn.Linear(1280, 2), dls, CrossEntropyLossFlat(), accuracy)
 
 # %% ../nbs/60_samples.ipynb #sp000011
 def pair_items(
@@ -158,12 +157,6 @@ def pair_learner() -> Learner: # Without a progress bar
     set_seed(0)
     dls = block.dataloaders(pair_items(64, np.random.default_rng(0)), bs=16, num_workers=0, device='cpu')
     body,old = demo_model()
-    vocab = torchvision.models.EfficientNet_B0_Weights.DEFAULT.meta['categories']
     head = nn.Linear(1280, len(names))
-    with torch.no_grad(): head.weight.copy_(old[-1].weight[[vocab.index(demo_labels[o]) for o in names]])
-    loss = BCEWithLogitsLossFlat()
-    _fit_head(head, body, dls.train, loss)
-    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))
-    learn = Learner(dls, model, loss_func=loss, metrics=accuracy_multi)
-    learn.remove_cb(ProgressCallback)
-    return learn
+    with torch.no_grad(): head.weight.copy_(old[-1].weight[[_categories.index(demo_labels[o]) for o in names]])
+    return _new_head(body, head, dls, BCEWithLogitsLossFlat(), accuracy_multi)

@@ -7,7 +7,7 @@ __all__ = ['file_heatmaps', 'save_heatmaps', 'save_grid', 'save_report', 'serve_
            'main']
 
 # %% ../../nbs/73_cli.main.ipynb #ca000003
-import argparse,os,random,sys,threading,warnings
+import argparse,os,sys,threading,warnings
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
@@ -159,7 +159,8 @@ def save_grid(
     files,gone = _find_images(a)
     learn = _open_learner(a)
     request = _request(a, learn, tta=a.tta)
-    if a.n<len(files): files = random.Random(a.seed).sample(files, a.n)
+    from fastai_heatmaps.data.images import some_places
+    files = [files[i] for i in some_places(len(files), a.n, a.seed)]
     with redirect_stdout(sys.stderr): hm,good = file_heatmaps(learn, files, a.upright, **request)
     if not good: raise FileNotFoundError('none of the images could be read')
     _draw_grid(hm, good, out)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Probe', 'fuse', 'check_hook', 'check_whole', 'check_bs', 'recordable', 'evidence_for', 'all_was_against',
-           'person_looks', 'clear_errors', 'Pass', 'model_heatmaps']
+           'person_looks', 'with_bar', 'clear_errors', 'Pass', 'model_heatmaps']
 
 # %% ../../nbs/06_core.passes.ipynb #ps000003
 from fastai.basics import *
@@ -19,6 +19,7 @@ from .moves import moves, moved, moved_back, mean_of_views
 from contextlib import nullcontext
 from copy import copy
 from fastcore.imports import IN_NOTEBOOK
+from fastprogress.fastprogress import progress_bar
 from numbers import Integral
 import sys
 
@@ -140,6 +141,13 @@ def person_looks() -> bool:
     out = sys.stdout
     in_terminal = hasattr(out, 'isatty') and not getattr(out, 'closed', False) and out.isatty()
     return IN_NOTEBOOK or in_terminal or 'PYCHARM_HOSTED' in os.environ
+
+# %% ../../nbs/06_core.passes.ipynb #ps000050
+def with_bar(
+    places:list # Of images
+): # The same, to be gone through
+    "Show a progress bar over many images, where a person looks"
+    return progress_bar(places, leave=False) if person_looks() and len(places)>20 else places
 
 # %% ../../nbs/06_core.passes.ipynb #561e33aa
 @contextmanager

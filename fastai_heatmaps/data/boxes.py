@@ -8,11 +8,10 @@ __all__ = []
 # %% ../../nbs/26_data.boxes.ipynb #bx000003
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
-from ..core.passes import check_whole, person_looks
+from ..core.passes import check_whole, with_bar
 from .photo import on_photo
 from .draw import enlarged, regions
 from .heatmaps import Heatmaps
-from fastprogress.fastprogress import progress_bar
 
 # %% ../../nbs/26_data.boxes.ipynb #bx000006
 def _over(hm, i, on, interpolation): # the maps of image `i`, one by one, each as large as what it lies on
@@ -55,9 +54,7 @@ def boxes(self:Heatmaps,
 ) -> list: # Of each image a `LabeledBBox`; `scores` (m,), the share of a map's evidence in each region; `masks` (m, H, W)
     "Find the boxes of the connected regions where the evidence for a class is strong, those with the most of it first"
     if n is not None: check_whole(n=n)
-    places = range_of(self)
-    if person_looks() and len(self)>20: places = progress_bar(places, leave=False)
-    res = [_boxes(self, i, thresh, on, n, masks, interpolation) for i in places]
+    res = [_boxes(self, i, thresh, on, n, masks, interpolation) for i in with_bar(range_of(self))]
     empty = sum(not self.level(i, j, thresh) for i in range_of(self) for j in range_of(self.cls[i]))
     if empty: warn(f"{empty} of {self.cls.numel()} maps have no evidence for their class, and no box")
     return res

@@ -10,12 +10,11 @@ from fastai.vision.core import *
 from fastai.vision.data import *
 from fastai.basics import *
 from ..core.no_trace import no_trace
-from ..core.passes import person_looks
+from ..core.passes import with_bar
 from ..core.tasks import tasks
 from .images import Images
 from .draw import color_scale, enlarged
 from .heatmaps import Heatmaps
-from fastprogress.fastprogress import progress_bar
 import itertools
 
 # %% ../../nbs/27_data.means.ipynb #me000006
@@ -100,8 +99,7 @@ def _blank(hm, rows): # light pictures in place of the photos, where these are n
 def _by_class(hm, pairs): # `pairs` of a class and an image, by class; yields a class, its images and their `Mean`
     rows = [i for _,i in pairs]
     photos = _blank(hm, rows) if hm.dl is None else hm.images[rows].pictures()
-    if person_looks() and len(pairs)>20: pairs = progress_bar(pairs, leave=False)
-    for c,group in itertools.groupby(zip(pairs, photos), lambda o: o[0][0]):
+    for c,group in itertools.groupby(zip(with_bar(pairs), photos), lambda o: o[0][0]):
         mean,images = Mean(),[]
         for (_,i),photo in group:
             mean.add(map_of(hm, i, c), photo)

@@ -14,7 +14,7 @@ from ..core.tasks import tasks
 from ..core.passes import Probe, check_bs, check_whole
 from ..methods.changed import changed_probs, filled, pictures
 from ..data.images import ordered_dl
-from ..data.draw import show_overlay, wrap_title
+from ..data.draw import wrap_title
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow, unwatched, run_passes
 from .findings import Findings, random_maps, centre_maps, mean_error, mean_columns, differs

@@ -9,12 +9,11 @@ __all__ = ['mask_pixels', 'is_object', 'check_box', 'box_mask', 'are_boxes', 'ma
 # %% ../../nbs/54_trust.inside.ipynb #in000003
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
-from ..core.passes import person_looks
+from ..core.passes import with_bar
 from ..data.photo import on_photo
 from ..data.draw import new_panels, wrap_title
 from ..data.heatmaps import Heatmaps
 from .findings import Findings, centre_maps, mean_error, mean_columns, differs, short
-from fastprogress.fastprogress import progress_bar
 from numbers import Real
 
 # %% ../../nbs/54_trust.inside.ipynb #in000006
@@ -211,8 +210,7 @@ def measure_inside(
     # the masks' area (n, 1), 0 to 1
     "Score the maps of all images, and maps that know nothing"
     scores,centre,area = [],[],[]
-    places = range_of(hm)
-    for i in progress_bar(places, leave=False) if person_looks() and len(hm)>20 else places:
+    for i in with_bar(range_of(hm)):
         counts = count_mask(hm, i, mask_of(i), on)
         scores.append(score_maps(hm.maps[i], counts, at))
         centre.append(score_maps(centre_maps([hm.maps[i][:1]])[0], counts, at))
