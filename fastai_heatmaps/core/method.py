@@ -115,8 +115,9 @@ class Method:
             if isinstance(res, Tensor) and res.ndim==3: res = res[:,None].expand(-1, k, -1, -1)
         elif self.needs in ('layer', 'model'): res = self.func(probe)
         else:
-            res = [self.func(probe.acts, g) for g in probe.gradients()]
-            res = torch.stack(res, 1) if all(isinstance(o, Tensor) and o.ndim==3 for o in res) else res[0]
+            res = probe.by_cells(self.func)
+            if res is None: res = [self.func(probe.acts, g) for g in probe.gradients()]
+            if is_listy(res): res = torch.stack(res, 1) if all(isinstance(o, Tensor) and o.ndim==3 for o in res) else res[0]
         if isinstance(res, Tensor) and res.ndim==4 and res.shape[:2]==(n,k): return res.detach().as_subclass(Tensor).float()
         if probe.x.ndim!=4: raise no_pictures(probe.x)
         got = tuple(res.shape) if isinstance(res, Tensor) else type(res).__name__

@@ -12,7 +12,7 @@ from ..core.hooks import LeafHook, SwapHook, leaf_hooks, every_output
 from ..core.layers import attentions, as_map
 from ..core.method import heatmap_method
 from ..core.passes import Probe
-from .changed import each_gradient
+from ..core.hooks import each_gradient
 import contextlib,threading
 
 # %% ../../nbs/14_methods.attention.ipynb #0202ec32
