@@ -159,14 +159,14 @@ class SwapHook(LeafHook):
 # %% ../../nbs/01_core.hooks.ipynb #hk000017
 @contextmanager
 def every_output(
-    f:callable, # Called after each layer with the module, its input and its output
+    f:callable, # Called after each layer with the module, its input and its output; may return what takes the output's place
     before:callable=noop # Called before it with the module and its input
 ):
     "Call functions for each layer that runs on this thread"
     thread,module = threading.get_ident(),nn.modules.module
     def on_this_thread(f):
         def called(*args):
-            if threading.get_ident()==thread: f(*args)
+            if threading.get_ident()==thread: return f(*args)
         return called
     begin,end = on_this_thread(before),on_this_thread(f)
     def remove():

@@ -51,7 +51,7 @@ def heatmap_method(
     name:str, # What users write as `method='...'`
     needs:str=None, # As in the table above; None = 'activations' or 'gradients', by the number of its parameters
     cost:str='', # In passes of the model, for the table
-    during:callable=None, # A context for the forward pass
+    during:callable=None, # A context for the forward pass; what it gives in a list, the method finds among the hooks
     pixels:bool=False, # Is it a map of single pixels, to be drawn without the photo?
     of_class:str=None # Does the map depend on the class? For the table; None = 'no' if it needs activations alone, else '?'
 ):
@@ -105,7 +105,7 @@ class Method:
     @contextmanager
     def watch(self, model, *xb, layer=None):
         "Watch the forward pass of `model` on `xb`, and give the hooks that sit on it"
-        with self.hooks(model, *xb, layer=layer) as hooks, self.during(): yield hooks
+        with self.hooks(model, *xb, layer=layer) as hooks, self.during() as seen: yield hooks + (seen if isinstance(seen, list) else [])
 
     def maps(self, probe):
         "Make the maps (n, k, h, w) of the classes that `probe` asks about"

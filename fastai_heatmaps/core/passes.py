@@ -8,6 +8,7 @@ __all__ = ['near', 'at_each', 'Probe', 'fuse', 'check_hook', 'check_whole', 'che
 
 # %% ../../nbs/06_core.passes.ipynb #ps000003
 from fastai.basics import *
+from fastai.callback.hook import Hook
 from .no_trace import quiet, unwrap, restoring, thread_modes, no_trace
 from .hooks import InputHook, each_gradient
 from .layers import tensors_in, as_map, no_map, layer_names
@@ -226,7 +227,8 @@ class Pass:
         keep:bool=False # Keep the graph, to be asked again?
     ):
         store_attr()
-        for h in hooks: check_hook(h, model, *xb)
+        for h in hooks:
+            if isinstance(h, Hook): check_hook(h, model, *xb)
         self.x,self.grads = xb[0].detach().as_subclass(Tensor),{} # (a hook, the classes) -> gradients
         self.moved = [] # a pass for each of `moves`, after `look_again`
         self.bs = bs or (64 if self.x.is_cuda else 16) # a CPU is faster with batches that fit into its cache
