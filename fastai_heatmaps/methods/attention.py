@@ -100,8 +100,8 @@ def watched_blocks():
         seen.weights.extend(aw.weights)
 
 # %% ../../nbs/14_methods.attention.ipynb #b8267436
-def _is_chain(layers, o, said): # do `layers` make of the tokens `o` what the model `said`? Some that are no chain fail, in one way or another
-    with contextlib.suppress(Exception), torch.no_grad():
+def _is_chain(layers, o, said): # do `layers` make of the tokens `o` what the model `said`? Some that are no chain fail
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError), torch.no_grad():
         each = layers(o)
         for first in 0,1: # with the class token, and without
             for got in (each[:,0], each[:,first:].mean(1), layers(o[:,first:].mean(1))):
