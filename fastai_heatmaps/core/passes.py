@@ -25,7 +25,7 @@ from fastprogress.fastprogress import progress_bar
 from numbers import Integral
 import sys
 
-# %% ../../nbs/06_core.passes.ipynb #ps000060
+# %% ../../nbs/06_core.passes.ipynb #ps000070
 def near(
     a:Tensor, # What was computed one way (n, ...)
     b:Tensor # And another, of the same shape
@@ -34,7 +34,7 @@ def near(
     apart,size = [torch.linalg.vector_norm(o.flatten(1), torch.inf, 1) for o in (a-b, b)]
     return bool((apart<=1e-5*size).all())
 
-# %% ../../nbs/06_core.passes.ipynb #ps000061
+# %% ../../nbs/06_core.passes.ipynb #ps000071
 def at_each(
     w:Tensor, # (n, C)
     acts:Tensor # (n, C, h, w)
