@@ -14,7 +14,7 @@ from .data.store import load_heatmaps
 from .learner import core as _core, show as _show # give the Learner its methods
 from .learner.distributed import distrib_state, join_heatmaps
 from .views import interpret as _interpret, features as _features, class_image as _class_image # and so on
-from .views import architecture as _architecture, explore as _explore, report as _report, app as _app
+from .views import architecture as _architecture, explore as _explore, report as _report, app as _app, answer as _answer
 from .views.compare import heatmap_difference, compare_learners
 from .views.log import LogHeatmaps
 from .trust import sanity as _sanity, focus as _focus, faithfulness as _faithfulness, inside as _inside # and their checks

@@ -109,12 +109,12 @@ def asked():
 
 
 def test_a_kept_pass_answers_again_and_again(asked, monkeypatch):
-    from fastai_heatmaps.core import passes
+    from fastai_heatmaps.core import hooks
     ran,model,x = asked
     runs,backward = [],[]
     model[0].register_forward_hook(lambda *args: runs.append(1))
-    of = passes.gradients
-    monkeypatch.setattr(passes, 'gradients', lambda *args, **kwargs: backward.append(1) or of(*args, **kwargs))
+    of = hooks.gradients
+    monkeypatch.setattr(hooks, 'gradients', lambda *args, **kwargs: backward.append(1) or of(*args, **kwargs))
     model.train()
     questions = [('gradcam', 1), ('layercam', 1), ('gradcam', [1,2]), ('hirescam', 2), ('eigencam', 0), ('gradcam', 1), ('finercam', 0)]
     got = [ran.explain(get_method(m), ran.pick(c)) for m,c in questions]

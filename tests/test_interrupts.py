@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 site = Path(torch.__file__).parent.parent
 tried = [str(Path(nt.__file__).parent.parent), contextlib.__file__, *(str(site/o) for o in (
     'torch/autograd/grad_mode.py', 'torch/overrides.py', 'torch/utils/_contextlib.py', 'torch/utils/hooks.py', 'torch/_dynamo/eval_frame.py',
-    'torch/amp/autocast_mode.py', 'fastai/callback/hook.py', 'fastai/torch_core.py', 'fastai/vision/core.py', 'matplotlib/pyplot.py', 'matplotlib/_pylab_helpers.py'))]
+    'torch/amp/autocast_mode.py', 'torch/_vmap_internals.py', 'torch/autograd/__init__.py', 'torch/autograd/graph.py', 'fastai/callback/hook.py', 'fastai/torch_core.py', 'fastai/vision/core.py', 'matplotlib/pyplot.py', 'matplotlib/_pylab_helpers.py'))]
 is_tried = functools.lru_cache(None)(lambda file: file.startswith(tuple(tried)))
 
 
@@ -34,7 +34,7 @@ def interrupted(f, at):
 
 def whole_state(model, learn=None):
     "The state of the model, the Learner, the thread and the process"
-    depth,_ = torch.autocast_increment_nesting(),torch.autocast_decrement_nesting()
+    depth = [(up(), down())[1] for up,down in nt._nestings]
     dynamo = sys.modules.get('torch._dynamo.eval_frame')
     return dict(state(model, learn), figures=plt.get_fignums(), depth=depth, modes_on=torch.overrides._get_current_function_mode_stack(), hooks_on_all=dict(torch_module._global_forward_hooks),
                 stance=dynamo and dynamo._stance, ours=(dict(nt._in_eval), list(nt._eager), getattr(nt._local, 'undo', None)),
@@ -71,6 +71,16 @@ def test_model_heatmaps(method, mode, n_lines):
         with mode(): model_heatmaps(model, x, cls=[0,2], method=method, **quick.get(method, {}))
     left,total = try_lines(call, model, n=n_lines(6), seed=method)
     assert not left and total>150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('k', [2, 20])
+def test_gradients_of_many_classes(k, n_lines):
+    "Several at once, and cell by cell"
+    set_seed(0)
+    model,x = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4)), create_head(4, 20)),torch.rand(1, 3, 7, 7)
+    left,total = try_lines(lambda: model_heatmaps(prepare(model, 'mixed'), x, cls=list(range(k))), model, n=n_lines(60))
+    assert not left and total>200
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def heatmap_method(
     name:str, # What users write as `method='...'`
     needs:str=None, # As in the table above; None = 'activations' or 'gradients', by the number of its parameters
     cost:str='', # In passes of the model, for the table
-    during:callable=None, # A context for the forward pass
+    during:callable=None, # A context for the forward pass; what it gives in a list, the method finds among the hooks
     pixels:bool=False, # Is it a map of single pixels, to be drawn without the photo?
     of_class:str=None # Does the map depend on the class? For the table; None = 'no' if it needs activations alone, else '?'
 ):
@@ -105,7 +105,7 @@ class Method:
     @contextmanager
     def watch(self, model, *xb, layer=None):
         "Watch the forward pass of `model` on `xb`, and give the hooks that sit on it"
-        with self.hooks(model, *xb, layer=layer) as hooks, self.during(): yield hooks
+        with self.hooks(model, *xb, layer=layer) as hooks, self.during() as seen: yield hooks + (seen if isinstance(seen, list) else [])
 
     def maps(self, probe):
         "Make the maps (n, k, h, w) of the classes that `probe` asks about"
@@ -115,8 +115,9 @@ class Method:
             if isinstance(res, Tensor) and res.ndim==3: res = res[:,None].expand(-1, k, -1, -1)
         elif self.needs in ('layer', 'model'): res = self.func(probe)
         else:
-            res = [self.func(probe.acts, g) for g in probe.gradients()]
-            res = torch.stack(res, 1) if all(isinstance(o, Tensor) and o.ndim==3 for o in res) else res[0]
+            res = probe.by_cells(self.func)
+            if res is None: res = [self.func(probe.acts, g) for g in probe.gradients()]
+            if is_listy(res): res = torch.stack(res, 1) if all(isinstance(o, Tensor) and o.ndim==3 for o in res) else res[0]
         if isinstance(res, Tensor) and res.ndim==4 and res.shape[:2]==(n,k): return res.detach().as_subclass(Tensor).float()
         if probe.x.ndim!=4: raise no_pictures(probe.x)
         got = tuple(res.shape) if isinstance(res, Tensor) else type(res).__name__

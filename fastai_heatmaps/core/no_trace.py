@@ -40,12 +40,15 @@ class FunctionMode(TorchFunctionMode):
         if self in _modes(): super().__exit__(*exc)
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000012
+_nestings = [(torch.autocast_increment_nesting, torch.autocast_decrement_nesting),
+             (torch._C._vmapmode_increment_nesting, torch._C._vmapmode_decrement_nesting)] # of batched gradients
+
 def thread_modes():
-    "Note torch's modes on this thread: autograd, autocast and function modes; return a function that puts them back"
+    "Note torch's modes on this thread: autograd, autocast, function modes and vmap; return a function that puts them back"
     grad,modes = torch.is_grad_enabled(),_modes()
     casts = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in ('cpu', 'cuda', 'mps')]
-    # how deep autocast contexts are nested, in one line, so that no interrupt comes between the two calls
-    _,depth = torch.autocast_increment_nesting(),torch.autocast_decrement_nesting()
+    # how deep contexts are nested, in one line, so that no interrupt comes between the two calls
+    depths = [(up(), down())[1] for up,down in _nestings]
     def restore():
         torch.set_grad_enabled(grad)
         if _modes()!=modes:
@@ -54,10 +57,11 @@ def thread_modes():
         for k,on,dtype in casts:
             torch.set_autocast_enabled(k, on)
             torch.set_autocast_dtype(k, dtype)
-        if torch.autocast_increment_nesting()==depth+1: torch.autocast_decrement_nesting()
-        else:
-            torch.clear_autocast_cache()
-            while torch.autocast_decrement_nesting()>depth: pass
+        for (up,down),depth in zip(_nestings, depths):
+            if up()==depth+1: down()
+            else:
+                torch.clear_autocast_cache()
+                while down()>depth: pass
     return restore
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000020
@@ -202,6 +206,10 @@ def as_written():
 _plain = {bool, int, float, str, type(None)}
 _no_outputs = vars(nn.Module()).keys() - {'_buffers'} # attributes of each module, in which it keeps no outputs
 
+def _is_bare(v): # the quick way to know that nothing in `v` has a graph, for what most attributes of modules are
+    kind = type(v)
+    return kind in _plain or kind is tuple and _plain.issuperset(map(type, v)) or kind is dict and not v
+
 def _map_held(f, held, pairs, seen): # the same in a dict or a list, for some of its keys and values
     for k,v in list(pairs):
         if type(v) in _plain: continue
@@ -245,7 +253,7 @@ def map_graphs(
     "Replace each tensor with a graph that `model` or one of its hooks keeps by what `f` makes of it"
     seen = set()
     for m in model.modules():
-        _map_held(f, vars(m), [(k, v) for k,v in list(vars(m).items()) if k not in _no_outputs], seen)
+        _map_held(f, vars(m), [(k, v) for k,v in list(vars(m).items()) if k not in _no_outputs and not _is_bare(v)], seen)
         for hooks in (m._forward_hooks, m._forward_pre_hooks):
             for h in list(hooks.values()): _map_hook(f, h, seen)
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['pictures', 'blurred', 'filled', 'noisy', 'repeated', 'changed_output', 'changed_scores', 'changed_probs', 'ask',
-           'each_gradient', 'input_gradients', 'layer_gradients', 'with_map', 'from_layer', 'rounds']
+           'input_gradients', 'layer_gradients', 'with_map', 'from_layer', 'rounds']
 
 # %% ../../nbs/10_methods.changed.ipynb #ch000003
 from fastai.basics import *
-from ..core.hooks import leaf_hooks, SwapHook, gradients
+from ..core.hooks import leaf_hooks, SwapHook, each_gradient
 from ..core.method import no_pictures
 from ..core.passes import Probe
 from fastprogress.fastprogress import progress_bar
@@ -106,17 +106,6 @@ def ask(
 ) -> Tensor: # (m, k)
     "Score changed images for the classes explained"
     with torch.no_grad(): return probe.picked(changed_scores(probe, x, i), i).as_subclass(Tensor).float()
-
-# %% ../../nbs/10_methods.changed.ipynb #ch000012
-def each_gradient(
-    picked:Tensor, # Scores (m, k) of the classes explained, as from `Probe.picked`
-    leaves:list # Tensors on which they depend
-): # A generator of lists, a gradient for each leaf
-    "Yield the gradients of each class with respect to `leaves`"
-    k = picked.shape[1]
-    for j,w in enumerate(torch.eye(k).to(picked)):
-        grads = gradients(picked, w.expand_as(picked), leaves, retain=j<k-1)
-        yield [g.as_subclass(Tensor) for g in grads]
 
 # %% ../../nbs/10_methods.changed.ipynb #ch000013
 def input_gradients(
