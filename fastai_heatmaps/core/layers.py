@@ -79,14 +79,14 @@ def is_one_cell(
 # %% ../../nbs/02_core.layers.ipynb #ly000025
 def _pair_skew(h, w, H, W): # 0 where the proportions of a map h×w are those of a picture H×W, give or take a cell
     off,ratio = abs(h*W-w*H),h*W/max(w*H, 1)
-    if off>2*max(H,W) and not 2/3<ratio<3/2: return math.inf
+    if h*w<=1 or off>2*max(H,W) and not 2/3<ratio<3/2: return math.inf
     return 0 if off<=max(H,W) else abs(math.log(ratio))
 
 def _skew(size, full): # the same for a map of this `size` along all its axes, for an input as large as `full`
     longer = [s>f for s,f in zip(size, full)]
     def fits(*pair): return all(i in pair or not o for i,o in enumerate(longer))
     pairs = [(a,b) for a,b in combinations(range(len(full)), 2) if fits(a, b)]
-    return min((_pair_skew(size[a], size[b], full[a], full[b]) for a,b in pairs if math.prod(size)>1), default=math.inf)
+    return min((_pair_skew(size[a], size[b], full[a], full[b]) for a,b in pairs), default=math.inf)
 
 # %% ../../nbs/02_core.layers.ipynb #156c4d43
 def as_map(
