@@ -64,12 +64,14 @@ def is_picture(
     "Ask whether `x` are pictures (n, C, H, W), or volumes (n, C, D, H, W)"
     return x.ndim in (4,5)
 
+# %% ../../nbs/02_core.layers.ipynb #ly000026
 def spatial(
     o:Tensor # Maps (n, C, h, w), or of volumes (n, C, d, h, w)
 ) -> tuple:
     "List the dimensions along which the cells of a map lie: all after the channels"
     return tuple(range(2, o.ndim))
 
+# %% ../../nbs/02_core.layers.ipynb #ly000027
 def is_one_cell(
     o:Tensor # The output of a layer
 ) -> bool:
