@@ -331,3 +331,162 @@ def test_the_evidence_lies_in_the_cube(cube_net, method, reach):
         box = tuple(slice(max(o.start-reach, 0), o.stop+reach) for o in box)
         shares.append(float(m[box].sum()/m.sum()))
     assert min(shares)>.9, shares
+
+
+# ---- a Learner of volumes
+
+class Scan(TensorBase):
+    "As users' own classes are: a tensor, made of a file or of another tensor"
+    @classmethod
+    def create(cls, o): return cls(o if isinstance(o, Tensor) else torch.from_numpy(np.load(o)))
+
+
+def load_scan(file): return torch.from_numpy(np.load(file))
+
+
+@pytest.fixture(scope='module')
+def scans(tmp_path_factory):
+    "Twelve files of cubes, named after their quarter"
+    path = tmp_path_factory.mktemp('scans')
+    for i,(x,y) in enumerate(zip(*cubes(12, seed=2)[:2])): np.save(path/f'{"abcd"[i%4]}_{i}.npy', x.numpy())
+    return get_files(path, '.npy').sorted()
+
+
+def scan_learner(block, items, get_y, **kwargs):
+    set_seed(0)
+    block = DataBlock((block, CategoryBlock(vocab='abcd')), get_y=get_y, splitter=IndexSplitter(range(5)), **kwargs)
+    model = nn.Sequential(nn.Sequential(nn.Conv3d(1, 4, 3, (1,2,2), 1), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4)))
+    return Learner(block.dataloaders(items, bs=4, num_workers=0, device='cpu'), model, loss_func=CrossEntropyLossFlat())
+
+
+@pytest.fixture(scope='module')
+def scan_learn(scans): return scan_learner(ImageBlock(cls=Scan), scans, label)
+
+
+def test_a_learner_of_volumes(scan_learn, scans):
+    "Files, tensors, and items of a dataset have the maps of the validation set, which are those of the model"
+    hm = scan_learn.get_heatmaps(cls='targ')
+    x = torch.stack([load_scan(o) for o in scans[:5]])
+    want,_ = model_heatmaps(scan_learn.model, x, cls=hm.targs)
+    torch.testing.assert_close(hm.maps, want)
+    assert hm.maps.shape==(5,1,8,8,8) and [Path(o).stem for o in hm.images.names]==[o.stem for o in scans[:5]]
+    for items in (list(scans[:2]), [str(o) for o in scans[:2]], list(x[:2]), [scan_learn.dls.valid_ds[i] for i in range(2)]):
+        torch.testing.assert_close(scan_learn.get_heatmaps(items, cls=hm.targs[:2]).maps, want[:2])
+    torch.testing.assert_close(scan_learn.get_heatmaps(method='saliency').maps.shape, torch.Size([5,1,8,16,16]))
+
+
+@pytest.mark.parametrize('kind', ['a function', 'pairs', 'arrays'])
+def test_items_of_any_kind(kind, scans):
+    "Opened by a function, or in memory beside their labels; as the dataset has them, or as they come out of it"
+    x = [load_scan(o) for o in scans]
+    labels = [label(o) for o in scans]
+    if kind=='a function': learn,items = scan_learner(TransformBlock(type_tfms=load_scan), scans, label),scans
+    else:
+        items = list(zip([o.numpy() for o in x] if kind=='arrays' else x, labels))
+        learn = scan_learner(TransformBlock(type_tfms=tensor if kind=='arrays' else None), items, ItemGetter(1), get_x=ItemGetter(0))
+    want,_ = model_heatmaps(learn.model, x[0][None], cls=1)
+    ways = [items[0], x[0], (x[0], 'b'), learn.dls.valid_ds[0]] + ([x[0].numpy()] if kind=='arrays' else [])
+    for item in ways: torch.testing.assert_close(learn.get_heatmaps([item], cls=1).maps, want)
+
+
+def test_plain_loaders(scans):
+    "PyTorch's datasets, without fastai's transforms"
+    x = [load_scan(o) for o in scans]
+    dls = DataLoaders.from_dsets([(o,0) for o in x[5:]], [(o,1) for o in x[:5]], bs=2, num_workers=0, device='cpu')
+    learn = Learner(dls, small_net().float(), loss_func=nn.CrossEntropyLoss())
+    hm = learn.get_heatmaps(cls=1)
+    assert hm.maps.shape==(5,1,4,8,8) and hm.image(0).shape[0]==3
+    hm.show()
+
+
+# ---- how volumes are drawn
+
+def one_scan(x, maps, **kwargs):
+    "Heatmaps `maps` (k, d, h, w) of the volume `x`"
+    hm = Learner(DataLoaders.from_dsets([(x,0)], [(x,0)], bs=1, num_workers=0, device='cpu'), ResNet3d(), loss_func=nn.CrossEntropyLoss()).get_heatmaps(method='activations')
+    return hm.replace(maps=maps[None].float(), cls=torch.arange(len(maps))[None], **kwargs)
+
+
+def test_slices_through_the_strongest_point():
+    "Each slice shows the voxels of its plane, in grey between the percentiles, and the map in them"
+    x,m = torch.zeros(1, 4, 8, 16),torch.zeros(1, 4, 8, 16)
+    x[0,2],x[0,:,5],x[0,:,:,3] = .5,.75,1.
+    m[0,2,5,3] = 1
+    hm = one_scan(x, m)
+    pic,maps = hm.view(0, interpolation='nearest')
+    assert pic.slices.voxel==(2,5,3) and 'slices at 2, 5, 3' in hm.show().get_title()
+    scale = 480/(16+8+.03*16) # below the first slice lies a smaller one, and the sheet is wider than high
+    def at(top, left, y, x): return int((top+y+.5)*scale),int((left+x+.5)*scale)
+    beside,below = 16+.03*16,8+.03*16
+    for top,left,plane in ((0,0,(2,None,None)), (below,0,(None,5,None)), (below,beside,(None,None,3))):
+        rows,cols = [n for n,o in zip((4,8,16), plane) if o is None]
+        for i,j in ((0,0), (rows-1,cols-1), (1,2)):
+            free = iter((i, j))
+            voxel = [next(free) if o is None else o for o in plane]
+            assert pic[(..., *at(top, left, i, j))].tolist()==pytest.approx([float(x[(0,*voxel)])]*3, abs=.05), (plane, i, j)
+        hot = [o for o,p in zip((2,5,3), plane) if p is None]
+        assert maps[0][at(top, left, *hot)]==1 and maps[0][at(top, left, 0, 0)]==0
+    assert maps[0][5,-5].isnan() and (pic[:,5,-5]==1).all() # no slice there
+    lines = (pic[0]-pic[2]).abs()>.5 # the cross has a colour
+    y,x = at(0, 0, 5, 3)
+    assert lines[y,5] and lines[5,x] and not lines[y,x] and not lines[:40,200:].any()
+
+
+def test_proportions_of_thick_slices():
+    hm = one_scan(torch.rand(1, 4, 8, 16), torch.rand(1, 4, 8, 16))
+    h,w = hm.image(0, spacing=(3,1,1)).shape[1:]
+    assert h/w==pytest.approx((8+12+.48)/(16+8+.48), rel=.02)
+    with pytest.raises(ValueError, match=r'spacing is \(1, 2\)'): hm.show(spacing=(1,2))
+
+
+def test_names_of_slices():
+    x,m = torch.rand(1, 20, 8, 8),torch.zeros(1, 20, 8, 8)
+    m[0,3,1,2],m[0,15,6,2] = 1,-3
+    hm = one_scan(x, m)
+    pic,(front,) = hm.view(0, slices='max', interpolation='nearest')
+    assert front.nan_to_num(0).max()==1 and front.nan_to_num(0).min()==-3 # the one furthest from 0 counts
+    pic,_ = hm.view(0, slices='montage')
+    assert pic.shape[2]==480 and pic.shape[1]==pytest.approx(480*(3*8+2*.24)/(4*8+3*.24), abs=2) # twelve, four a row
+    assert hm.image(0, slices=(19,0,7)).slices.voxel==(19,0,7)
+    for o in ('all', (20,0,0), (1,2), 5):
+        with pytest.raises(ValueError, match='slices is'): hm.show(slices=o)
+    assert one_scan(x, torch.zeros(1, 2, 2, 2)).image(0).slices.voxel==(10,4,4) # of a flat map the middle
+
+
+def test_grey_values():
+    "One bright voxel does not make the others black; of three channels each is a colour, of two the first is shown"
+    from fastai_heatmaps.data.volumes import windowed
+    x = torch.linspace(-1000, 1000, 8000).view(1, 20, 20, 20)
+    x[0,0,0,0] = 1e6
+    y = windowed(x)
+    assert y.min()==0 and y.max()==1 and y[0,10].mean().item()==pytest.approx(.525, abs=.03)
+    assert windowed(x.expand(3,-1,-1,-1)).shape[0]==3 and windowed(x.expand(2,-1,-1,-1)).shape[0]==1
+    assert windowed(torch.ones(1, 2, 2, 2)).isfinite().all()
+
+
+@pytest.mark.slow
+def test_all_figures(scan_learn, tmp_path):
+    hm = scan_learn.get_heatmaps(cls=['a','c'])
+    assert len(hm.show(slices='montage'))==2 and hm[:2].plot(spacing=(2,1,1)).shape==(2,3)
+    assert hm._repr_png_()[:4]==b'\x89PNG'
+    assert len(pd.read_csv(hm[:1].save(tmp_path/'pics')))==2
+    assert scan_learn.compare_heatmaps(scan_learn.dls.valid_ds[0], method=['gradcam','hirescam']).size
+    assert scan_learn.show_feature_maps(scan_learn.dls.valid_ds[0]).shape==(1,4)
+    assert scan_learn.plot_heatmap_grid(n=2).size
+    out = scan_learn.get_heatmaps(out=tmp_path/'out')
+    torch.testing.assert_close(load_heatmaps(tmp_path/'out', scan_learn.dls.valid).maps, out.maps)
+    assert 'cells' in scan_learn.heatmap_report(tmp_path/'r.html').read_text('utf-8')
+
+
+def test_what_is_for_pictures_says_so(scan_learn):
+    hm = scan_learn.get_heatmaps()
+    for f,match in ((hm.boxes, 'boxes and masks are for pictures'), (lambda: hm.inside([torch.ones(8, 8)]*5), 'for pictures'), (lambda: hm.show(on='original'), "pass on='input'"),
+                    (lambda: scan_learn.show_class_image('a'), 'none of volumes'), (scan_learn.show_filters, 'no 2d convolution'),
+                    (scan_learn.heatmap_focus, 'pictures')):
+        with pytest.raises(ValueError, match=match) as e: f()
+        assert '\n' not in str(e.value)
+
+
+@pytest.mark.slow
+def test_an_app_opens_photos(scan_learn):
+    with pytest.raises(ValueError, match='asks for photos'): scan_learn.heatmap_app()

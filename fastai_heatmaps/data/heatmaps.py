@@ -93,9 +93,9 @@ class Heatmaps:
         "Name class `c`: its name in the vocab, or its index as text"
         return str(int(c) if self.vocab is None else self.vocab[c])
 
-    def image(self, i, slices='cross', spacing=None):
-        "Decode image `i` as the model saw it: (channels, H, W); a volume as the `Sheet` that `show` draws"
-        img = self.images.image(i)
+    def image(self, i, slices='cross', spacing=None, x=None):
+        "Decode image `i` as the model saw it, or `x` in its place: (channels, H, W); a volume as the `Sheet` that `show` draws"
+        img = self.images.image(i, x)
         return img if img.ndim==3 else as_sheet(img, find_slices(slices, self.maps[i][0], img.shape[1:], spacing))
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000002
