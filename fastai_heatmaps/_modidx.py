@@ -1035,6 +1035,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fastai_heatmaps/methods/attention.py'),
                                                    'fastai_heatmaps.methods.attention._no_weights': ( 'methods.attention.html#_no_weights',
                                                                                                       'fastai_heatmaps/methods/attention.py'),
+                                                   'fastai_heatmaps.methods.attention._pooled': ( 'methods.attention.html#_pooled',
+                                                                                                  'fastai_heatmaps/methods/attention.py'),
                                                    'fastai_heatmaps.methods.attention._refused': ( 'methods.attention.html#_refused',
                                                                                                    'fastai_heatmaps/methods/attention.py'),
                                                    'fastai_heatmaps.methods.attention.attention_weights': ( 'methods.attention.html#attention_weights',

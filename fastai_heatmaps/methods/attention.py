@@ -100,12 +100,16 @@ def watched_blocks():
         seen.weights.extend(aw.weights)
 
 # %% ../../nbs/14_methods.attention.ipynb #b8267436
-def _is_chain(layers, o, said): # do `layers` make of the tokens `o` what the model `said`? Some that are no chain fail
+def _pooled(layers, o): # what `layers` make of the tokens `o` (n, T, C), pooled in each of the usual ways
+    yield layers(o[:,0])
+    for first in 0,1: yield layers(o[:,first:].mean(1)) # with the class token, and without
+    each = layers(o.flatten(0, 1)).unflatten(0, o.shape[:2])
+    for first in 0,1: yield each[:,first:].mean(1)
+
+def _is_chain(layers, o, said): # is that what the model `said`? Some that are no chain fail
     with contextlib.suppress(RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError), torch.no_grad():
-        each = layers(o)
-        for first in 0,1: # with the class token, and without
-            for got in (each[:,0], each[:,first:].mean(1), layers(o[:,first:].mean(1))):
-                if got.shape==said.shape and torch.allclose(got, said, rtol=1e-2, atol=1e-3*float(said.abs().max())): return True
+        atol = 1e-3*float(said.abs().max())
+        return any(p.shape==said.shape and torch.allclose(p, said, rtol=1e-2, atol=atol) for p in _pooled(layers, o))
     return False
 
 # %% ../../nbs/14_methods.attention.ipynb #at000008

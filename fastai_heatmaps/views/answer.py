@@ -81,6 +81,7 @@ def show_answer_map(self:Learner,
     if isinstance(img, (list, L)): raise ValueError("expected one image, or an item of several as a tuple")
     if cls is not None and len(as_list(cls))<2: raise ValueError(f"cls is {cls!r}; expected a list of at least two classes")
     hm = self.get_heatmaps([img], _all_classes(self, cls), method, layer, relu=False, **kwargs)
+    if hm.maps[0].ndim!=3: raise ValueError("an answer map lies over a picture: of a volume, use show_gradcam with cls, a list of classes")
     if not tasks[hm.task].ranked: raise ValueError("this model gives numbers, and none of them is an answer: use show_gradcam")
     places = slice(None) if cls is None else class_indices(cls, hm.preds, hm.vocab)[0].tolist()
     if hm.vocab is None: places = slice(None) # they were all that was asked for
