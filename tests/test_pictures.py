@@ -68,7 +68,7 @@ def test_a_bright_mark_is_under_its_evidence():
 def test_colours():
     "Red for and blue against, nothing at zero; the same for every panel, also one with evidence of one kind only"
     hm = Heatmaps(tensor([[[[-1.,0.],[0.,2.]], [[0.,1.],[1.,1.]]]]), tensor([[0,1]]), tensor([[.9,.1]]), images=Images([0], [0]))
-    hm.image = lambda i: torch.zeros(3, 8, 8)
+    hm.image = lambda i, *args: torch.zeros(3, 8, 8)
     axs = hm.show()
     assert [ax.images[1].get_cmap().name for ax in axs]==['coolwarm']*2
     assert [ax.images[1].get_clim() for ax in axs]==[(-2,2), (-1,1)]
@@ -131,7 +131,7 @@ def test_what_is_drawn_on_is_returned(learn, pics):
 def test_each_image_is_read_once(learn):
     hm,read = learn.get_heatmaps(cls=[0,1])[:2],[]
     image = hm.image
-    hm.image = lambda i: read.append(i) or image(i)
+    hm.image = lambda i, *args: read.append(i) or image(i, *args)
     hm.show(1)
     assert read==[1]
     hm.plot()
@@ -281,7 +281,7 @@ def test_bars(learn):
 def by_hand(tops, **kwargs):
     "Heatmaps of one image, with these maxima"
     hm = Heatmaps(tensor([[[[0.,t],[t/2,0.]] for t in tops]]), tensor([list(range(len(tops)))]), torch.full((1,len(tops)), .1), **kwargs)
-    hm.images.image = lambda i: torch.zeros(3, 64, 64)
+    hm.images.image = lambda i, *args: torch.zeros(3, 64, 64)
     return hm
 
 

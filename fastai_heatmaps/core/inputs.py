@@ -9,7 +9,7 @@ __all__ = ['with_tensors', 'OneInput', 'of_input', 'OneInputHook', 'parts_of', '
 from fastai.basics import *
 from .no_trace import quiet
 from .hooks import InputHook, Part, every_output
-from .layers import tensors_in, as_map, layer_names, find_layers
+from .layers import tensors_in, is_picture, as_map, layer_names, find_layers
 from copy import copy
 
 # %% ../../nbs/07_core.inputs.ipynb #in000005
@@ -57,7 +57,7 @@ def of_input(
     if input not in range(max(len(xs), 1)):
         several = f'inputs, 0 to {len(xs)-1}' if len(xs)>1 else 'input, 0'
         raise ValueError(f"input is {input!r}, and the model takes {len(xs)} {several}")
-    pictures = [i for i,x in enumerate(xs) if x.ndim==4]
+    pictures = [i for i,x in enumerate(xs) if is_picture(x)]
     if pictures and input not in pictures:
         x = xs[input]
         raise ValueError(f"input {input} of the model is {tuple(x.shape)}, {x.dtype}, and no picture (n, C, H, W): "
@@ -102,11 +102,11 @@ def changes(self:OneInput):
     x,*rest = self.first(self.xb)
     self.items = len(x)
     self.known = {}
-    if all(o.ndim!=4 for o in rest): return self.known
+    if not any(is_picture(o) for o in rest): return self.known
     with quiet(self.model):
         runs = _runs(self, x, *rest)
         mine = _runs(self, _other(x), *rest)
-        others = _runs(self, x, *[_other(o) if o.ndim==4 else o for o in rest])
+        others = _runs(self, x, *[_other(o) if is_picture(o) else o for o in rest])
     for m in runs:
         counts = {len(o.get(m, ())) for o in (runs, mine, others)}
         if len(counts)>1: continue # how often it runs depends on the pictures

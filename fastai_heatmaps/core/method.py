@@ -8,6 +8,7 @@ __all__ = ['heatmap_methods', 'Methods', 'needs_of', 'heatmap_method', 'no_pictu
 # %% ../../nbs/05_core.method.ipynb #mt000003
 from fastai.basics import *
 from .hooks import leaf_hooks, copied_outputs, InputHook
+from .layers import is_picture
 from .inputs import OneInput, OneInputHook, layers_for, parts_of
 from contextlib import nullcontext
 from difflib import get_close_matches
@@ -70,7 +71,7 @@ def no_pictures(
 ) -> ValueError: # To be raised
     "Make the error for a model that takes no pictures"
     return ValueError(f"the model's first input is {tuple(x.shape)}, {x.dtype}, and this method explains pictures, "
-                      "a tensor (n, C, H, W): for tables, text and other vectors use another library, such as captum")
+                      "a tensor (n, C, H, W), or volumes (n, C, D, H, W): for tables, text and other vectors use another library, such as captum")
 
 # %% ../../nbs/05_core.method.ipynb #mt000006
 class Method:
@@ -108,21 +109,21 @@ class Method:
         with self.hooks(model, *xb, layer=layer) as hooks, self.during() as seen: yield hooks + (seen if isinstance(seen, list) else [])
 
     def maps(self, probe):
-        "Make the maps (n, k, h, w) of the classes that `probe` asks about"
-        n,k = probe.idxs.shape
+        "Make the maps (n, k, h, w) of the classes that `probe` asks about; of volumes (n, k, d, h, w)"
+        if not is_picture(probe.x): raise no_pictures(probe.x)
+        (n,k),ndim = probe.idxs.shape,probe.x.ndim # which the maps have, too
         if self.needs=='activations':
             res = self.func(probe.acts)
-            if isinstance(res, Tensor) and res.ndim==3: res = res[:,None].expand(-1, k, -1, -1)
+            if isinstance(res, Tensor) and res.ndim==ndim-1: res = res[:,None].expand(n, k, *res.shape[1:])
         elif self.needs in ('layer', 'model'): res = self.func(probe)
         else:
             res = probe.by_cells(self.func)
             if res is None: res = [self.func(probe.acts, g) for g in probe.gradients()]
-            if is_listy(res): res = torch.stack(res, 1) if all(isinstance(o, Tensor) and o.ndim==3 for o in res) else res[0]
-        if isinstance(res, Tensor) and res.ndim==4 and res.shape[:2]==(n,k): return res.detach().as_subclass(Tensor).float()
-        if probe.x.ndim!=4: raise no_pictures(probe.x)
+            if is_listy(res): res = torch.stack(res, 1) if all(isinstance(o, Tensor) and o.ndim==ndim-1 for o in res) else res[0]
+        if isinstance(res, Tensor) and res.ndim==ndim and res.shape[:2]==(n,k): return res.detach().as_subclass(Tensor).float()
         got = tuple(res.shape) if isinstance(res, Tensor) else type(res).__name__
         of = f' from activations {tuple(probe.acts.shape)}' if self.needs in ('activations', 'gradients') else ''
-        raise ValueError(f"the method gave {got}; expected a map (n, h, w){of}")
+        raise ValueError(f"the method gave {got}; expected a map (n, {'d, '*(ndim-4)}h, w){of}")
 
 # %% ../../nbs/05_core.method.ipynb #mt000007
 def _unknown(method): # the error for a name that is none

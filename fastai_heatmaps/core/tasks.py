@@ -8,6 +8,7 @@ __all__ = ['tasks', 'class_scores', 'is_dense', 'class_pixels', 'in_mask', 'own_
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000003
 from fastai.basics import *
+from .layers import is_picture, spatial
 
 # %% ../../nbs/04_core.tasks.ipynb #025ad3b2
 def class_scores(
@@ -29,28 +30,28 @@ def class_scores(
 def is_dense(
     pred # The model's output
 ) -> bool:
-    "Is it a class for each pixel, (n, c, H, W)?"
-    return isinstance(pred, Tensor) and pred.ndim==4 and pred.shape[2:].numel()>1
+    "Is it a class for each pixel, (n, c, H, W), or for each voxel, (n, c, D, H, W)?"
+    return isinstance(pred, Tensor) and is_picture(pred) and pred.shape[2:].numel()>1
 
 # %% ../../nbs/04_core.tasks.ipynb #5608fd2b
 def _two(pred, vocab): # a channel for each class, also where one stands for two
     return torch.cat([-pred, pred], 1) if pred.shape[1]==1 and len(vocab or ())==2 else pred
 
 def class_pixels(
-    pred:Tensor, # (n, c, H, W)
+    pred:Tensor, # (n, c, H, W) or (n, c, D, H, W)
     vocab=None # The names of the classes, if they are known
-) -> Tensor: # (n, c, H, W): 1 where a pixel is predicted as the class, else 0
+) -> Tensor: # Of the shape of `pred`: 1 where a pixel is predicted as the class, else 0
     "Mark which pixels are predicted as which class"
     y = _two(pred.detach().as_subclass(Tensor), vocab)
     return F.one_hot(y.argmax(1), y.shape[1]).movedim(-1, 1).to(y)
 
 # %% ../../nbs/04_core.tasks.ipynb #c6bf8a21
 def in_mask(
-    mask # (H, W): True or 1 for the pixels of the model's output that count
+    mask # (H, W) or (D, H, W): True or 1 for the pixels of the model's output that count
 ) -> callable: # To be passed as `score`
     "Make a `score` for segmentation: each class's logits, averaged over the pixels of `mask`"
     with torch.inference_mode(False): mask = torch.as_tensor(np.asarray(mask)).float() # autograd is to know it
-    if mask.ndim!=2 or not mask.any():
+    if mask.ndim not in (2,3) or not mask.any():
         raise ValueError(f"the mask is {tuple(mask.shape)}, with {int(mask.count_nonzero())} pixels that count; "
                          "expected (H, W) with at least one")
     def score(pred):
@@ -58,7 +59,7 @@ def in_mask(
             raise ValueError(f"the mask is {tuple(mask.shape)} and the model's output {tuple(pred.shape)}: "
                              "they should have the same height and width")
         m = mask.to(pred.device)
-        return (pred*m).sum((2,3))/m.sum()
+        return (pred*m).sum(spatial(pred))/m.sum()
     return score
 
 # %% ../../nbs/04_core.tasks.ipynb #tk000005
@@ -200,13 +201,13 @@ class Pixels(Numbers):
 
     def scorer(self, pred, n, vocab=None, score=None):
         pixels = class_pixels(pred, vocab)
-        pixels = pixels/pixels.sum((2,3), keepdim=True).clamp(min=1)
+        pixels = pixels/pixels.sum(spatial(pixels), keepdim=True).clamp(min=1)
         def scores(out, i=None, m=n):
             these = pixels if i is None else pixels[i]
-            return class_scores((_two(out, vocab)*these).sum((2,3)), m, vocab)
+            return class_scores((_two(out, vocab)*these).sum(spatial(out)), m, vocab)
         return scores
 
-    def probs(self, pred, scores, act=noop, vocab=None, score=None): return class_pixels(pred, vocab).mean((2,3))
+    def probs(self, pred, scores, act=noop, vocab=None, score=None): return class_pixels(pred, vocab).mean(spatial(pred))
     def says(self, name, p, c): return f'{name} {p[c]:.0%} of the pixels'
     def truth_of(self, t, c, name): return self.truth(t, name)
 

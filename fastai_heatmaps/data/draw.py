@@ -11,6 +11,7 @@ from fastai.vision.core import *
 from fastai.vision.data import *
 from fastai.basics import *
 from ..core.no_trace import no_trace
+from .volumes import windowed, as_sheet, find_slices, lay
 from matplotlib.colors import ListedColormap
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import interpolations_names
@@ -142,8 +143,8 @@ def add_bar(
 @delegates(lay_map, but='ax,hmap,vmin,vmax')
 @no_trace
 def show_overlay(
-    img:Tensor, # The image (3 or 1, H, W), in 0 to 1
-    hmap:Tensor, # The map (h, w)
+    img:Tensor, # The image (3 or 1, H, W), in 0 to 1; or a volume (C, D, H, W), of any values
+    hmap:Tensor, # The map (h, w); of a volume (d, h, w)
     ctx=None, # A matplotlib Axes; None = a new figure
     figsize=None, # Of a new figure, in inches
     vmin=None, # The value at the lower end of the scale; None = that of `color_scale`
@@ -151,8 +152,10 @@ def show_overlay(
     colorbar=False, # Show the scale beside it?
     **kwargs
 ): # The Axes
-    "Draw `hmap` over `img`"
+    "Draw `hmap` over `img`, that of a volume over slices through its strongest point"
     scale = color_scale([hmap])
+    if img.ndim==4: img = as_sheet(windowed(img), find_slices('cross', hmap, img.shape[1:]))
+    if hmap.ndim==3: hmap, = lay(hmap[None], img.slices, 'bicubic')
     h,w = img.shape[-2:]
     if ctx is None: ctx = plt.subplots(figsize=figsize or (4*w/h, 4), layout='compressed')[1]
     show_image(img, ctx=ctx, cmap='gray')

@@ -16,6 +16,7 @@ from ..core.method import heatmap_methods
 from ..core.passes import all_was_against
 from .images import Images
 from .photo import on_photo
+from .volumes import Sheet, as_sheet, find_slices, lay
 from .draw import styled, color_scale, enlarged, lay_map, show_overlay, regions, draw_boxes
 from .draw import wrap_title, show_scales, new_panels, as_png
 from numbers import Real
@@ -24,7 +25,7 @@ from numbers import Real
 class Heatmaps:
     "Keep the heatmaps of n images for k classes each, with what the model said of them"
     def __init__(self,
-        maps, # (n, k, h, w), float32, not normalised; a list of n tensors (k, h, w) where the images differ in size
+        maps, # (n, k, h, w), of volumes (n, k, d, h, w), float32, not normalised; a list of n tensors where the images differ in size
         cls:Tensor, # (n, k): the classes that are explained, as indices
         preds:Tensor, # (n, c): what `get_preds` gives, the probability of each class where the loss function has an activation
         *,
@@ -92,9 +93,10 @@ class Heatmaps:
         "Name class `c`: its name in the vocab, or its index as text"
         return str(int(c) if self.vocab is None else self.vocab[c])
 
-    def image(self, i):
-        "Decode image `i` as the model saw it: (channels, H, W)"
-        return self.images.image(i)
+    def image(self, i, slices='cross', spacing=None, x=None):
+        "Decode image `i` as the model saw it, or `x` in its place: (channels, H, W); a volume as the `Sheet` that `show` draws"
+        img = self.images.image(i, x)
+        return img if img.ndim==3 else as_sheet(img, find_slices(slices, self.maps[i][0], img.shape[1:], spacing))
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000002
 @patch(cls_method=True)
@@ -186,6 +188,27 @@ def enlarging(self:Heatmaps, interpolation=None, style=None):
     how = styled(False, interpolation=interpolation, style=style or self.style)['interpolation']
     return how if how in ('nearest', 'bicubic') else 'bilinear'
 
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000030
+@patch
+def laid(self:Heatmaps,
+    i:int, # Which image
+    img:Tensor, # As from `image`
+    interpolation=None, # As in `lay_map`
+    style=None # As in `lay_map`
+) -> Tensor: # (k, h, w)
+    "Get the maps of image `i`, float32; those of a volume as they lie on its sheet `img`"
+    maps = self.maps[i].float()
+    return lay(maps, img.slices, self.enlarging(interpolation, style)) if isinstance(img, Sheet) else maps
+
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000031
+@patch
+def check_pictures(self:Heatmaps,
+    what:str # What cannot be had of volumes, with its verb
+):
+    "Raise ValueError if these are heatmaps of volumes"
+    if not len(self) or self.maps[0].ndim==3: return
+    raise ValueError(f"{what} for pictures, and these are heatmaps of volumes: their maps are in `maps`, (n, k, d, h, w)")
+
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000004
 def _check_on(on):
     if on in ('input', 'original'): return
@@ -196,12 +219,16 @@ def view(self:Heatmaps,
     i:int, # Which image
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened
     interpolation=None, # How maps are carried back to a photo; None = as their style has it
-    limit=None # Longest side of a photo, in pixels; None = as it is
+    limit=None, # Longest side of a photo, in pixels; None = as it is
+    slices='cross', # Of a volume, as for `show`
+    spacing=None # Of its voxels, as for `show`
 ) -> tuple: # The image (channels, H, W) in 0 to 1; its maps (k, h, w), NaN where the model did not see a photo
     "Get an image, and its maps to lie over it"
-    maps = self.maps[i].float()
     _check_on(on)
-    if on=='input': return self.image(i),maps
+    if on=='input':
+        img = self.image(i, slices, spacing)
+        return img,self.laid(i, img, interpolation)
+    maps = self.maps[i].float()
     photo,grid = self.images.photo(i, limit)
     if photo.mode not in ('L', 'RGB'): photo = photo.convert('RGB')
     img = image2tensor(photo).float()/255
@@ -215,6 +242,7 @@ def frame(self:Heatmaps,
 ) -> tuple: # Height and width in pixels; where a lattice of points is in the model's input, as from `original`
     "Give the size of what a map lies on, and the way to what the model saw"
     _check_on(on)
+    self.check_pictures('boxes and masks are')
     if on=='original':
         photo,grid = self.images.photo(i)
         return photo.size[::-1],grid
@@ -258,14 +286,15 @@ def draw(self:Heatmaps,
     **kwargs
 ):
     "Draw the maps of image `i` over it, each titled with its class"
-    maps = ifnone(maps, self.maps[i].float())
     scales,style = scales or self.scales(),kwargs.pop('style', None) or self.style
+    if maps is None: maps = self.laid(i, img, kwargs.get('interpolation'), style)
     for j,(ax,m,scale) in enumerate(zip(axs, maps, scales(i))):
         show_overlay(img, m, ax, style=style, **scale, **kwargs)
         if boxes:
             m, = enlarged(m[None], img.shape[-2:], self.enlarging(kwargs.get('interpolation'), style))
             draw_boxes(ax, regions(m, self.level(i, j, .5 if boxes is True else boxes))[0])
-        wrap_title(ax, *self.title(i, j, truth))
+        lines,color = self.title(i, j, truth)
+        wrap_title(ax, lines+getattr(img, 'notes', []), color)
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000017
 def _class_panels(img, k, figsize=None): # a figure with `k` Axes of the shape of `img`
@@ -288,10 +317,13 @@ def show(self:Heatmaps,
     colorbar=False, # Show the scale beside the maps?
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
     boxes=False, # Draw boxes round what is above half of a map's maximum, as `boxes` finds them? A number = another part of it
+    slices='cross', # Of a volume: 'cross' = three through its strongest point, for the first class; 'montage' = a dozen; 'max' = projections; or a voxel (depth, height, width)
+    spacing=None, # Of a volume's voxels along depth, height and width, for the proportions of slices; None = the same along all
     **kwargs
 ): # The Axes, or an array of them for several classes
     "Draw the maps of image `i` over it, each titled with its class and probability"
-    img,maps = self.view(i, on, self.enlarging(kwargs.get('interpolation'), kwargs.get('style')), limit=1024)
+    how = self.enlarging(kwargs.get('interpolation'), kwargs.get('style'))
+    img,maps = self.view(i, on, how, limit=1024, slices=slices, spacing=spacing)
     k,fig = len(maps),None
     if ctx is None: fig,ctx = _class_panels(img, k, figsize)
     axs = np.atleast_1d(ctx).ravel()
@@ -311,13 +343,15 @@ def plot(self:Heatmaps,
     colorbar=False, # Show the scale beside the maps?
     on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
     boxes=False, # Draw boxes, as in `show`?
+    slices='cross', # Of volumes, as in `show`
+    spacing=None, # Of volumes, as in `show`
     **kwargs
 ): # An array of Axes, rows × columns
     "Draw a grid: each image, titled with the true class where it is known, and beside it its heatmaps"
     n,k = len(self),self.cls.shape[1]
     if not n: raise ValueError("there are no heatmaps to draw")
     how = self.enlarging(kwargs.get('interpolation'), kwargs.get('style'))
-    views = [self.view(i, on, how, limit=1024) for i in range(n)]
+    views = [self.view(i, on, how, 1024, slices, spacing) for i in range(n)]
     scales = self.scales(same_scale)
     ncols = min(n, ncols or max(1, 4//(k+1)))
     cols = ncols*(k+1)

@@ -14,6 +14,7 @@ from ..core.no_trace import no_trace
 from ..core.layers import tensors_in
 from ..core.targets import class_index
 from ..core.passes import check_bs
+from .volumes import windowed
 from copy import copy
 
 # %% ../../nbs/20_data.images.ipynb #715b9c2d
@@ -109,13 +110,13 @@ def takes_several(
     "Ask whether an item makes several inputs for the model, or a tuple of pictures such as fastai's `ImageTuple`"
     tl = input_list(getattr(dls, 'valid_ds', None))
     if not isinstance(tl, TfmdLists): return False
-    return getattr(dls, 'n_inp', 1)>1 or bool(_types(tl, tuple)) and not _types(tl, PILBase, TensorImageBase)
+    return getattr(dls, 'n_inp', 1)>1 or bool(_types(tl, tuple)) and not _types(tl, PILBase, Tensor)
 
 # %% ../../nbs/20_data.images.ipynb #im000007
 def image_class(
     dls:DataLoaders # A Learner's, even of one that was exported
 ) -> type:
-    "Find the class that images are opened as"
+    "Find the class that images are opened as; `Tensor`, or one of its kind, where the user's own function makes them"
     no_images = ValueError("the DataLoaders of this Learner take no images: heatmaps are for image models")
     tl = input_list(getattr(dls, 'valid_ds', None))
     if hasattr(tl, 'cont_names'): raise no_images # a table
@@ -125,7 +126,7 @@ def image_class(
     if takes_several(dls):
         raise ValueError("this Learner takes several inputs, not one image: "
                          "pass a DataLoader of items as it knows them, dl=learn.dls.test_dl(items)")
-    types = _types(tl, PILBase, TensorImageBase)
+    types = _types(tl, PILBase, TensorImageBase) or _types(tl, Tensor) # what loads a scan often makes a plain tensor
     if not types: raise no_images
     return types[0]
 
@@ -159,6 +160,12 @@ def own_test_dl(
     ds = test_set(dls.valid_ds, items, rm_type_tfms, with_labels)
     return own_dl(dls.valid, dataset=ds, n=len(ds), **changes)
 
+# %% ../../nbs/20_data.images.ipynb #im000090
+def _entry(tl, o): # at which transform of `tl` an item like `o` enters: the first for one like the dataset's, none for what is finished
+    types = [tuple(listify(t)) for t in tl.types]
+    finished = len(types)-1
+    return next((i for i in (0, finished, *range(1, finished)) if isinstance(o, types[i])), 0)
+
 # %% ../../nbs/20_data.images.ipynb #e0b82b94
 def _test_dl(dls, items, bs, **kwargs): # in the order of `items`; with a few of them, no workers are started
     bs = bs or dls.valid.bs
@@ -177,7 +184,7 @@ def image_dl(
         if upright:
             raise ValueError("this Learner opens images by a function of its own, which would have to turn them: "
                              "leave upright out")
-        return _test_dl(dls, items, bs, rm_type_tfms=0)
+        return _test_dl(dls, items, bs, rm_type_tfms=_entry(input_list(dls.valid_ds), items[0]))
     sample = cls(Image.new(cls._open_args.get('mode') or 'RGB', (1,1)))
     dl = _test_dl(dls, items, bs, rm_type_tfms=input_list(dls.valid_ds).infer_idx(sample))
     tl = input_list(dl.dataset)
@@ -307,8 +314,9 @@ def item_names(
     return [name(o, i) for o,i in zip(items_of(dl, places), places)]
 
 # %% ../../nbs/20_data.images.ipynb #im000020
-def _as_picture(x): # (1 or 3, H, W) in 0 to 1, of any image tensor (channels, H, W)
+def _as_picture(x): # (1 or 3, H, W) in 0 to 1, of any image tensor (channels, H, W); of a volume (1 or 3, D, H, W)
     x = x.detach().as_subclass(Tensor)
+    if x.ndim==4: return windowed(x)
     if not x.is_floating_point(): x = x/255
     if x.min()<0 or x.max()>1: x = (x-x.min()) / (x.max()-x.min()).clamp(min=1e-8)
     if len(x) in (1,3): return x
@@ -370,7 +378,7 @@ class Images:
         return own_dl(self.dl, bs=1, n=1, shuffle=False, drop_last=False, num_workers=0, get_idxs=get_idxs).one_batch()
 
     def image(self, i, x=None):
-        "Decode image `i` as the model saw it, or `x` (C, H, W) in its place: (1 or 3, H, W) in 0 to 1"
+        "Decode image `i` as the model saw it, or `x` (C, H, W) in its place: (1 or 3, H, W) in 0 to 1; of volumes (1 or 3, D, H, W)"
         if self.dl is None:
             raise ValueError("these heatmaps were loaded without their images: "
                              "pass load_heatmaps the DataLoader that they were made of, such as learn.dls.valid")

@@ -8,7 +8,7 @@ __all__ = ['plain', 'digest', 'write_part', 'read_part', 'FolderTaken', 'read_ru
 
 # %% ../../nbs/25_data.store.ipynb #d7ad2a09
 from fastai.vision.all import *
-from ..core.layers import tensors_in
+from ..core.layers import tensors_in, is_picture
 from .images import Images
 from .heatmaps import Heatmaps
 from .files import locked, temp_files, whole_file
@@ -71,7 +71,7 @@ def _as_heatmaps(d, n, run): # made of the arrays of a part; raises an error of 
         d['maps'] = [m.view(k, *s) for m,s in zip(d['maps'].split(lengths), sizes.tolist())]
     hm = Heatmaps(**d, vocab=run['vocab'], thresh=run['thresh'], info=info)
     if {len(o) for o in (hm.maps, hm.cls, hm.preds)}!={n}: raise ValueError('it has another number of images')
-    maps_ok = all(m.ndim==3 and len(m)==k and m.is_floating_point() for m in hm.maps)
+    maps_ok = all(m.ndim in (3,4) and len(m)==k and m.is_floating_point() for m in hm.maps)
     cls_ok = hm.cls.dtype==torch.long and hm.cls.min()>=0 and hm.cls.max()<c
     others_ok = all(o.shape==(n,k) for o in info.values()) and (hm.targs is None or len(hm.targs)==n)
     if not (maps_ok and cls_ok and others_ok): raise ValueError('its arrays are not those of heatmaps')
@@ -217,7 +217,7 @@ def open_store(
 # %% ../../nbs/25_data.store.ipynb #36c57661
 def _has_input(images): # does their DataLoader give the picture that is explained?
     xs = tensors_in(images.batch(0)[:getattr(images.dl, 'n_inp', 1)])
-    return images.input<len(xs) and xs[images.input].ndim==4
+    return images.input<len(xs) and is_picture(xs[images.input])
 
 def load_heatmaps(
     folder, # As given to `get_heatmaps` as `out`

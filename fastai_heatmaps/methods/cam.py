@@ -9,6 +9,7 @@ __all__ = ['activations', 'weighted', 'gradcam', 'gradcam_plus_plus', 'hirescam'
 # %% ../../nbs/11_methods.cam.ipynb #4046dabf
 from fastai.basics import *
 from ..core.hooks import each_gradient
+from ..core.layers import spatial
 from ..core.method import heatmap_method
 from ..core.passes import Probe, check_whole
 from ..core.targets import class_indices, as_list
@@ -37,7 +38,7 @@ def gradcam(
     grads:Tensor # `∂y/∂A`, of the same shape
 ) -> Tensor: # (n, h, w)
     "`Σ_k mean_ij(g_k) A_k`: Grad-CAM (Selvaraju et al. 2016, arXiv 1610.02391)"
-    return weighted(grads.mean((2,3)), acts)
+    return weighted(grads.mean(spatial(grads)), acts)
 
 # %% ../../nbs/11_methods.cam.ipynb #b480ab01
 @heatmap_method('gradcam++', cost='1 forward, head backward', of_class='hardly')
@@ -46,8 +47,8 @@ def gradcam_plus_plus(
     grads:Tensor # `∂y/∂A`, of the same shape
 ) -> Tensor: # (n, h, w)
     "`Σ_k w_k A_k` with `w_k = Σ_ij ReLU(g_ij) / (2 + g_ij Σ_ab A_ab)`: Grad-CAM++ (Chattopadhyay et al. 2017, arXiv 1710.11063)"
-    den = 2 + grads*acts.sum((2,3), keepdim=True)
-    weights = (F.relu(grads) / torch.where(den==0, torch.inf, den)).sum((2,3))
+    den = 2 + grads*acts.sum(spatial(acts), keepdim=True)
+    weights = (F.relu(grads) / torch.where(den==0, torch.inf, den)).sum(spatial(acts))
     return weighted(weights, acts)
 
 # %% ../../nbs/11_methods.cam.ipynb #566493cb
@@ -75,8 +76,8 @@ def xgradcam(
     grads:Tensor # `∂y/∂A`, of the same shape
 ) -> Tensor: # (n, h, w)
     "`Σ_k w_k A_k` with `w_k = Σ_ij g_ij A_ij / Σ_ij A_ij`: XGrad-CAM (Fu et al. 2020, arXiv 2008.02312)"
-    total = acts.sum((2,3))
-    weights = (grads * acts).sum((2,3)) / torch.where(total==0, torch.inf, total) # a silent channel has no weight
+    total = acts.sum(spatial(acts))
+    weights = (grads * acts).sum(spatial(acts)) / torch.where(total==0, torch.inf, total) # a silent channel has no weight
     return weighted(weights, acts)
 
 # %% ../../nbs/11_methods.cam.ipynb #cm000017
@@ -107,8 +108,8 @@ def eigengradcam(
     "`O v_m` as in Eigen-CAM, of `g ⊙ A`; `m` is 1, or the first that is for the class if `Σ g A` is: EigenGrad-CAM (Gildenblat et al. 2021, pytorch-grad-cam)"
     evidence = grads*acts
     maps = patterns(evidence)
-    speaks = maps.amax((2,3)) > 1e-5*maps.abs().amax((2,3)) # more than by rounding: (n, m)
-    on_the_whole = evidence.sum((1,2,3))>0
+    speaks = maps.amax(spatial(maps)) > 1e-5*maps.abs().amax(spatial(maps)) # more than by rounding: (n, m)
+    on_the_whole = evidence.flatten(1).sum(1)>0
     return maps[range(len(maps)),(speaks & on_the_whole[:,None]).int().argmax(1)]
 
 # %% ../../nbs/11_methods.cam.ipynb #cm000007
@@ -130,7 +131,7 @@ def cam(
     tol = 1e-3 if probe.scores.dtype in (torch.float32, torch.float64) else .05
     res = []
     for here,*others in zip(probe.gradients(), *elsewhere):
-        w = here.mean((2,3), keepdim=True)
+        w = here.mean(spatial(here), keepdim=True)
         if any((g-w).abs().max()>tol*w.abs().max() for g in (here, *others)):
             raise ValueError("CAM is only defined for a head that is a mean over the map and one linear layer, "
                              "and this one is not: use 'gradcam', which equals it there and works everywhere")
@@ -184,6 +185,7 @@ def smooth_gradcam_plus_plus(
     for x in noisy(probe.x, n, noise, seed):
         g = layer_gradients(probe, x)
         g1,g2,g3 = g1 + g/n, g2 + g**2/n, g3 + g**3/n
-    den = 2*g2 + g3*probe.acts.sum((2,3), keepdim=True)
+    den = 2*g2 + g3*probe.acts.sum(spatial(probe.acts), keepdim=True)
     alpha = g2 / torch.where(den==0, torch.inf, den)
-    return ((alpha*F.relu(g1)).sum((3,4), keepdim=True) * probe.acts).sum(2).transpose(0, 1)
+    weights = (alpha*F.relu(g1)).flatten(3).sum(3) # (k, n, C)
+    return torch.einsum('knc,nc...->nk...', weights, probe.acts)

@@ -7,82 +7,84 @@ __all__ = ['window_boxes', 'occlusion', 'rise_masks', 'rise', 'channel_masks', '
 
 # %% ../../nbs/13_methods.perturb.ipynb #5ba750f3
 from fastai.basics import *
+from ..core.layers import spatial
 from ..core.method import heatmap_method
-from ..core.passes import Probe, check_whole
-from .changed import pictures, filled, rounds, ask, with_map, from_layer
-from itertools import islice
+from ..core.passes import Probe, resized, check_whole
+from .changed import pictures, shorter_sides, filled, repeated, rounds, ask, with_map, from_layer
+import itertools
 
 # %% ../../nbs/13_methods.perturb.ipynb #pb000001
-def _pair(o, name): # a number of pixels, or two, as (height, width)
-    try: h,w = (o,o) if isinstance(o, (int, np.integer)) else map(int, o)
-    except (TypeError, ValueError): h,w = 0,0
-    if h<1 or w<1: raise ValueError(f"{name} is {o!r}; expected a number of pixels, at least 1, or (height, width)")
-    return h,w
+def _each_side(o, n, name): # a number of pixels, or one for each of `n` sides, as a list
+    try: res = [o]*n if isinstance(o, (int, np.integer)) else list(map(int, o))
+    except (TypeError, ValueError): res = []
+    if len(res)==n and min(res)>=1: return res
+    sides = ('depth', 'height', 'width')[-n:]
+    raise ValueError(f"{name} is {o!r}; expected a number of pixels, at least 1, or ({', '.join(sides)})")
 
 # %% ../../nbs/13_methods.perturb.ipynb #pb000002
 def window_boxes(
-    size:tuple, # (H, W) of the picture
+    size:tuple, # (H, W) of the picture, or (D, H, W) of a volume
     window=None, # Size of the window in pixels: a number, or (height, width); None = a seventh of the shorter side
     stride=None # How far it moves, likewise; None = half a window
-) -> list: # Of pairs: a slice of rows, a slice of columns
+) -> list: # Of tuples: a slice along each side
     "List the boxes that a moving window covers; together they cover the picture"
-    H,W = size
-    h,w = _pair(ifnone(window, max(1, min(H,W)//7)), 'window')
-    h,w = min(h, H),min(w, W)
-    sh,sw = _pair(ifnone(stride, (max(1, h//2), max(1, w//2))), 'stride')
-    if sh>h or sw>w:
-        raise ValueError(f"stride {(sh,sw)} is larger than the window {(h,w)}: parts of the picture would never be covered")
+    n = len(size)
+    lengths = _each_side(ifnone(window, [max(1, s//7) for s in shorter_sides(size)]), n, 'window')
+    lengths = list(map(min, lengths, size))
+    steps = _each_side(ifnone(stride, [max(1, l//2) for l in lengths]), n, 'stride')
+    if any(s>l for s,l in zip(steps, lengths)):
+        raise ValueError(f"stride {tuple(steps)} is larger than the window {tuple(lengths)}: parts of the picture would never be covered")
     def along(side, length, step): return [slice(a, min(a+length, side)) for a in range(0, side-length+step, step)]
-    return [(rows,cols) for rows in along(H, h, sh) for cols in along(W, w, sw)]
+    return list(itertools.product(*map(along, size, lengths, steps)))
 
 # %% ../../nbs/13_methods.perturb.ipynb #6fe44a27
 @heatmap_method('occlusion', needs='model', cost='1 forward a window (about 13×13)', of_class='yes')
 def occlusion(
-    probe:Probe, # Of images (n, C, H, W)
-    window=None, # Size of the window in pixels: a number, or (height, width); None = a seventh of the shorter side
+    probe:Probe, # Of images (n, C, H, W), or volumes (n, C, D, H, W)
+    window=None, # Size of the window in pixels: a number, or (height, width), or (depth, height, width); None = a seventh of the shorter side
     stride=None, # How far it moves, likewise; None = half a window
     fill=0. # What it shows, as in `filled`; 0 is the mean colour of the data if they are normalised
-) -> Tensor: # (n, k, H, W)
+) -> Tensor: # (n, k, H, W), or (n, k, D, H, W)
     "The drop of the score under a moving window: occlusion (Zeiler and Fergus 2013, arXiv 1311.2901)"
     x = pictures(probe)
-    boxes = window_boxes(x.shape[2:], window, stride)
+    boxes = [(..., *o) for o in window_boxes(x.shape[2:], window, stride)]
     nothing = filled(x, fill)
     count = torch.zeros(x.shape[2:])
     for box in boxes: count[box] += 1
     drops = torch.zeros(*probe.idxs.shape, *count.shape)
     for i,s in rounds(probe, len(boxes)):
-        xs = x[i].repeat(s.stop-s.start, 1, 1, 1)
-        for o,(r,c) in zip(xs, boxes[s]): o[:,r,c] = nothing[i,:,r,c]
+        xs = repeated(x, i, s.stop-s.start).clone()
+        for o,box in zip(xs, boxes[s]): o[box] = nothing[i][box]
         lost = (probe.y[i]-ask(probe, xs, i)).cpu() # (windows, k)
-        for d,(r,c) in zip(lost, boxes[s]): drops[i,:,r,c] += d[:,None,None]
+        for d,box in zip(lost, boxes[s]): drops[i][box] += d.view(-1, *[1]*count.ndim)
     return drops/count
 
 # %% ../../nbs/13_methods.perturb.ipynb #2cf034db
 def rise_masks(
     n:int, # How many
-    size:tuple, # (H, W)
+    size:tuple, # (H, W) or (D, H, W)
     cells:int=7, # Of the coarse grid, along each side
     p:float=.5, # How much of the picture a mask shows
     seed:int=0 # The same masks each time
-): # A generator of (H, W), 0 to 1
+): # A generator of masks of this size, 0 to 1
     "Yield random masks for RISE"
     gen = torch.Generator().manual_seed(seed)
-    H,W = size
-    h,w = math.ceil(H/cells),math.ceil(W/cells) # pixels a cell
+    sides = [math.ceil(s/cells) for s in size] # of a cell, in pixels
     for _ in range(n):
-        grid = (torch.rand(1, 1, cells+1, cells+1, generator=gen)<p).float()
-        t,l = [int(torch.randint(o, (1,), generator=gen)) for o in (h,w)]
-        yield F.interpolate(grid, ((cells+1)*h, (cells+1)*w), mode='bilinear')[0,0,t:t+H,l:l+W]
+        grid = (torch.rand(1, 1, *[cells+1]*len(size), generator=gen)<p).float()
+        starts = [int(torch.randint(o, (1,), generator=gen)) for o in sides]
+        part = tuple(slice(a, a+s) for a,s in zip(starts, size))
+        yield resized(grid, [(cells+1)*o for o in sides])[0,0][part]
 
 # %% ../../nbs/13_methods.perturb.ipynb #456b1b68
 @heatmap_method('rise', needs='model', cost='n forward (n = 1000)', of_class='yes')
 def rise(
-    probe:Probe, # Of images (n, C, H, W)
+    probe:Probe, # Of images (n, C, H, W), or volumes (n, C, D, H, W)
     n:int=1000, # How many masks; the paper takes 4000 to 8000
     cells:int=7, # Of a mask, along each side
     p:float=.5, # How much of the picture a mask shows
     seed:int=0 # Of the masks
-) -> Tensor: # (n, k, H, W)
+) -> Tensor: # (n, k, H, W), or (n, k, D, H, W)
     "`E[y(x ⊙ M) | M_ij = 1] - E[y(x ⊙ M)]` over random masks `M`: RISE (Petsiuk et al. 2018, arXiv 1806.07421), less its mean"
     if n<2 or cells<1 or not 0<p<1:
         raise ValueError(f"n is {n}, cells {cells} and p {p}; expected at least 2 masks, 1 cell, and p between 0 and 1")
@@ -91,24 +93,24 @@ def rise(
     scores = torch.zeros(*probe.idxs.shape, n)
     for i,s in rounds(probe, n):
         if s.start==0: masks = make_masks()
-        some = torch.stack(list(islice(masks, s.stop-s.start))).to(x)
+        some = torch.stack(list(itertools.islice(masks, s.stop-s.start))).to(x)
         scores[i,:,s] = ask(probe, x[i]*some[:,None], i).T.cpu()
     scores -= scores.mean(2, keepdim=True)
     seen = torch.zeros(x.shape[2:])
     res = torch.zeros(*probe.idxs.shape, *seen.shape)
     for y,m in zip(scores.unbind(2), make_masks()):
-        res += y[...,None,None]*m
+        res += torch.einsum('nk,...->nk...', y, m)
         seen += m
     return res/seen.clamp(min=1e-6)
 
 # %% ../../nbs/13_methods.perturb.ipynb #pb000007
 def channel_masks(
-    acts:Tensor, # Channels (m, h, w)
-    size:tuple # (H, W)
-) -> Tensor: # (m, 1, H, W), 0 to 1
+    acts:Tensor, # Channels (m, h, w), or (m, d, h, w)
+    size:tuple # (H, W), or (D, H, W)
+) -> Tensor: # (m, 1, H, W), or (m, 1, D, H, W), 0 to 1
     "Make a mask of each channel"
-    masks = F.interpolate(acts[:,None], size, mode='bilinear')
-    lo,hi = masks.amin((2,3), keepdim=True),masks.amax((2,3), keepdim=True)
+    masks = resized(acts[:,None], size)
+    lo,hi = masks.amin(spatial(masks), keepdim=True),masks.amax(spatial(masks), keepdim=True)
     return (masks-lo)/(hi-lo).clamp(min=1e-8)
 
 # %% ../../nbs/13_methods.perturb.ipynb #ba75897c
@@ -121,12 +123,12 @@ def scorecam(
     if channels is not None: check_whole(channels=channels)
     x,acts = probe.x.float(),probe.acts
     if channels is not None and channels<acts.shape[1]:
-        tops = acts.var((2,3)).topk(channels, 1).indices
+        tops = acts.var(spatial(acts)).topk(channels, 1).indices
         acts = torch.stack([a[t] for a,t in zip(acts, tops)])
     scores = torch.zeros(*probe.idxs.shape, acts.shape[1], device=acts.device)
     for i,s in rounds(probe, acts.shape[1]):
         scores[i,:,s] = ask(probe, x[i]*channel_masks(acts[i,s], x.shape[2:]), i).T
-    return torch.stack([(w.softmax(1)[...,None,None]*a).sum(1) for w,a in zip(scores, acts)])
+    return torch.einsum('nkc,nc...->nk...', scores.softmax(2), acts)
 
 # %% ../../nbs/13_methods.perturb.ipynb #bd55d92b
 @heatmap_method('ablationcam', needs='layer', cost='1 forward of the head a channel', of_class='yes')
@@ -137,9 +139,9 @@ def ablationcam(
     acts,y = probe.acts,probe.y
     without = torch.zeros(*y.shape, acts.shape[1], device=acts.device)
     for i,s in rounds(probe, acts.shape[1]):
-        off = acts[i].repeat(s.stop-s.start, 1, 1, 1)
+        off = repeated(acts, i, s.stop-s.start).clone()
         for o,channel in zip(off, range(s.start, s.stop)): o[channel] = 0
         with torch.no_grad(): scores = from_layer(probe, with_map(probe, off, i), i)
         without[i,:,s] = probe.picked(scores, i).T
     weights = (y[...,None]-without) / torch.where(y==0, torch.inf, y.abs())[...,None]
-    return torch.einsum('nkc,nchw->nkhw', weights, acts)
+    return torch.einsum('nkc,nc...->nk...', weights, acts)

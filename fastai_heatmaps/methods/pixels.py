@@ -11,7 +11,7 @@ __all__ = ['saliency', 'gradient_x_input', 'relu_rule', 'guided_backprop', 'deco
 from fastai.basics import *
 from ..core.no_trace import FunctionMode
 from ..core.method import heatmap_method
-from ..core.passes import Probe, check_whole
+from ..core.passes import Probe, resized, check_whole
 from .changed import pictures, filled, noisy, rounds, ask, input_gradients
 from .cam import gradcam
 from itertools import islice
@@ -114,7 +114,7 @@ def guided_gradcam(
     "`max_C |g|` with guided ReLUs, times Grad-CAM enlarged to the image: guided Grad-CAM (Selvaraju et al. 2016, arXiv 1610.02391)"
     cams = torch.stack([F.relu(gradcam(probe.acts, g)) for g in probe.gradients()], 1)
     with relu_rule(): grads = input_gradients(probe, probe.x)
-    return F.interpolate(cams, probe.x.shape[2:], mode='bilinear') * grads.abs().amax(2).transpose(0, 1)
+    return resized(cams, probe.x.shape[2:]) * grads.abs().amax(2).transpose(0, 1)
 
 # %% ../../nbs/12_methods.pixels.ipynb #a493b9b2
 @heatmap_method('smoothgrad', needs='model', cost='n forward and backward (n = 32)', pixels=True, of_class='yes')
@@ -166,7 +166,7 @@ def on_the_way(
     at # Places on the way: 0 is the baseline, and 1 the image
 ) -> Tensor: # (places, C, H, W)
     "Give what lies between `b` and `x`"
-    return b + torch.as_tensor(at).to(x)[:,None,None,None]*(x-b)
+    return b + torch.as_tensor(at).to(x).view(-1, *[1]*x.ndim)*(x-b)
 
 # %% ../../nbs/12_methods.pixels.ipynb #px000015
 def part_maps(
@@ -185,7 +185,7 @@ def part_maps(
     res = 0
     for _,s in rounds(probe, len(at), max(1, probe.bs//2), only=i):
         g = input_gradients(probe, on_the_way(x, b, at[s]), i)
-        res = res + torch.einsum('kmhw,pm->kphw', (g*(x-b)).sum(2), weight[:,s])
+        res = res + torch.einsum('km...,pm->kp...', (g*(x-b)).sum(2), weight[:,s])
     return res
 
 # %% ../../nbs/12_methods.pixels.ipynb #px000016
@@ -203,7 +203,7 @@ def way_parts(
         scores = ask(probe, on_the_way(probe.x[i].float(), b, new[s]), i)
         y.update(zip(new[s], scores))
     maps = part_maps(probe, i, b, ends, points).unbind(1)
-    return [(start, stop, m, m.sum((1,2)) - (y[stop]-y[start])) for (start,stop),m in zip(ends, maps)]
+    return [(start, stop, m, m.flatten(1).sum(1) - (y[stop]-y[start])) for (start,stop),m in zip(ends, maps)]
 
 # %% ../../nbs/12_methods.pixels.ipynb #px000017
 def refined(
@@ -261,5 +261,5 @@ def integrated_gradients(
     b = filled(x, baseline)
     maps,y0,taken = zip(*[integral(probe, i, b[i], steps) for i,_ in rounds(probe, 1)])
     maps = torch.stack(maps)
-    probe.info['completeness'] = completeness(maps.sum((2,3)), probe.y, torch.stack(y0), max(taken)).cpu()
+    probe.info['completeness'] = completeness(maps.flatten(2).sum(2), probe.y, torch.stack(y0), max(taken)).cpu()
     return maps

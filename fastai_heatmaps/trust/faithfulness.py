@@ -11,7 +11,7 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace
 from ..core.layers import tensors_in
 from ..core.tasks import tasks
-from ..core.passes import Probe, check_bs, check_whole
+from ..core.passes import Probe, resized, check_bs, check_whole
 from ..methods.changed import changed_probs, filled, pictures
 from ..data.images import ordered_dl
 from ..data.draw import wrap_title
@@ -43,7 +43,7 @@ def pixel_ranks(
     size:tuple # (H, W) of the pictures
 ) -> Tensor: # (n, H, W): 0 for the pixel with the largest value, 1 for the next, ...
     "Order the pixels by their value in maps that are enlarged to the size of the pictures"
-    def enlarged(maps): return torch.stack([F.interpolate(m.float()[None,None], size, mode='bilinear').flatten() for m in maps])
+    def enlarged(maps): return torch.stack([resized(m.float()[None,None], size).flatten() for m in maps])
     def down(o): return o.argsort(dim=1, descending=True, stable=True)
     order = down(enlarged(ties))
     order = order.gather(1, down(enlarged(maps).gather(1, order)))
@@ -63,6 +63,7 @@ def interpolated(
     hidden:Tensor # (n, H, W): which pixels are hidden, not all of them
 ) -> Tensor: # Of the shape of `x`
     "Replace hidden pixels by the weighted mean of their neighbours: ROAD without its noise (Rong et al. 2022, arXiv 2202.00449)"
+    if x.ndim!=4: raise ValueError(f"ROAD is for pictures (n, C, H, W), not for {tuple(x.shape)}: name other metrics")
     res = to_np(x.double()).reshape(*x.shape[:2], -1)
     for o,gone in zip(res, to_np(hidden.flatten(1))):
         if not gone.any(): continue
@@ -102,7 +103,7 @@ def masked_pictures(
     nothing:Tensor # Of the shape of `x`: what takes the place of what is not marked
 ) -> Tensor: # Of the shape of `x`
     "Fade each picture where its map is low"
-    m = torch.stack([F.interpolate(_scaled(m)[None,None], x.shape[2:], mode='bilinear')[0] for m in maps]).to(x)
+    m = torch.stack([resized(_scaled(m)[None,None], x.shape[2:])[0] for m in maps]).to(x)
     return m*x + (1-m)*nothing
 
 # %% ../../nbs/53_trust.faithfulness.ipynb #ff000018
@@ -231,7 +232,7 @@ def measure_faithfulness(
             parts[key].append(_ask(probe, x, maps[rows], ties[rows], nothing, empty, steps))
     run_passes(run, images, unwatched, batch)
     def of(key, maps): # metric -> values, and probabilities; none where a map is not finite
-        bad = torch.stack([~m.isfinite().all(-1).all(-1) for m in maps])
+        bad = torch.stack([~m.isfinite().flatten(1).all(1) for m in maps])
         probs = {m:torch.cat([o[m] for o in parts[key]]) for m in metrics}
         values = {m:metric_values(m, o, torch.cat(before)) for m,o in probs.items()}
         for o in (*probs.values(), *values.values()): o[bad] = np.nan
@@ -292,7 +293,7 @@ def _strip(axs, hm, i, j, metric, of, fill, seed): # image `i` with more and mor
     ranks = pixel_ranks([hm.maps[i][j]], [random_maps(hm.maps, seed)[i][j]], x.shape[2:])
     pics = changed_pictures(metric, x, ranks, points/steps, _nothing(x, {metric:fill}, [i], seed)[metric])
     for ax,point,pic in zip(axs, points, pics):
-        show_image(hm.images.image(i, pic[0]), ctx=ax, cmap='gray')
+        show_image(hm.image(i, x=pic[0]), ctx=ax, cmap='gray')
         wrap_title(ax, [f'{point/steps:.0%}: {short(ps[point].item())}'])
     axs[0].annotate(metric, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center')
 
@@ -301,14 +302,14 @@ def _masked_strip(axs, hm, i, j, of, fill, seed): # image `i` as each map leaves
     maps = dict(map=hm.maps, random=random_maps(hm.maps, seed), centre=centre_maps(hm.maps))
     for ax,(who,m) in zip(axs, maps.items()):
         pic = masked_pictures(x, [m[i][j]], filled(x, fill))
-        show_image(hm.images.image(i, pic[0]), ctx=ax, cmap='gray')
+        show_image(hm.image(i, x=pic[0]), ctx=ax, cmap='gray')
         wrap_title(ax, [f'{who}: {short(of[who][i,j,0].item())}'])
 
 # %% ../../nbs/53_trust.faithfulness.ipynb #ff000029
 @no_trace
 def _draw(hm, probs, fills, seed, i=0, j=0, figsize=None): # the means of all images, and below them one image step by step
     curves = {m:of for m,of in probs.items() if m in _curves}
-    h,w = hm.images.image(i).shape[-2:]
+    h,w = hm.image(i).shape[-2:]
     cols = min(6, max(of['map'].shape[2] for of in curves.values())) if curves else 3
     high = [2.2]*bool(curves) + [max(len(curves), 1)*(9/max(cols, 5)*h/w+.4)]
     fig = plt.figure(figsize=figsize or (9, sum(high)), layout='constrained')

@@ -11,7 +11,7 @@ __all__ = ['rank_correlation', 'ssim', 'random_maps', 'centre_maps', 'of_others'
 from fastai.vision.all import *
 from ..core.targets import is_per_image
 from ..core.method import get_method
-from ..core.passes import check_whole
+from ..core.passes import resized, check_whole
 from ..data.images import Images, to_images, some_places
 from ..data.draw import as_png
 from ..learner.run import output_names
@@ -19,8 +19,8 @@ from scipy.stats import rankdata
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000006
 def _same_size(a, b): # two maps (k, h, w), both at the larger size
-    size = max((tuple(m.shape[-2:]) for m in (a, b)), key=np.prod)
-    return [m.float() if m.shape[-2:]==size else F.interpolate(m.float()[None], size, mode='bilinear')[0] for m in (a, b)]
+    size = max((tuple(m.shape[1:]) for m in (a, b)), key=np.prod)
+    return [m.float() if m.shape[1:]==size else resized(m.float()[None], size)[0] for m in (a, b)]
 
 def _ranks(m): # of the cells of maps (k, h, w), as deviations from the mean
     r = tensor(rankdata(m.flatten(1), axis=1))
@@ -38,25 +38,27 @@ def rank_correlation(
     return torch.stack([one(x, y) for x,y in zip(a, b)]).float()
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000009
-def _drawn(m, side=64): # maps (k, h, w) as they are looked at: scaled to their largest value, and enlarged
-    top = m.abs().amax((1,2), keepdim=True)
-    return F.interpolate((m/torch.where(top==0, 1, top))[None], (side,side), mode='bilinear')[0]
+def _drawn(m): # maps (k, h, w) as they are looked at: scaled to their largest value, and enlarged
+    side = 64 if m.ndim==3 else 32 # of a volume
+    top = m.flatten(1).abs().amax(1).view(-1, *[1]*(m.ndim-1))
+    return resized((m/torch.where(top==0, 1, top))[None], [side]*(m.ndim-1))[0]
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000010
 def ssim(
     a, # Maps of n images: (n, k, h, w), or a list of n tensors (k, h, w)
     b, # Of the same images and classes, in any size
-    window:int=7 # Pixels along a side, of 64
+    window:int=7 # Pixels along a side, of 64; of volumes 32
 ) -> Tensor: # (n, k), up to 1
     "Measure the structural similarity of each pair of maps (Wang et al. 2004, doi 10.1109/TIP.2003.819861)"
-    mean = partial(F.avg_pool2d, kernel_size=window, stride=1)
-    unbiased = window**2/(window**2-1)
+    pool = F.avg_pool2d if a[0].ndim==3 else F.avg_pool3d # of volumes
+    mean,cells = partial(pool, kernel_size=window, stride=1),window**(a[0].ndim-1)
+    unbiased = cells/(cells-1)
     def one(x, y):
         x,y = _drawn(x.double()),_drawn(y.double())
         mx,my = mean(x),mean(y)
         vx,vy,cov = [unbiased*(mean(u*v)-mu*mv) for u,v,mu,mv in ((x, x, mx, mx), (y, y, my, my), (x, y, mx, my))]
         s = (2*mx*my+.01**2)*(2*cov+.03**2) / ((mx**2+my**2+.01**2)*(vx+vy+.03**2))
-        return s.mean((1,2))
+        return s.flatten(1).mean(1)
     return torch.stack([one(x, y) for x,y in zip(a, b)]).float()
 
 # %% ../../nbs/50_trust.findings.ipynb #fi000015
@@ -75,8 +77,8 @@ def centre_maps(
 ): # Of the sizes of `maps`, 0 to 1
     "Make maps of a spot in the middle, a normal distribution whose standard deviation is a quarter of each side"
     def one(m):
-        y,x = [(torch.arange(s)+.5)/s-.5 for s in m.shape[1:]]
-        return torch.exp(-(y[:,None]**2+x**2)/(2*.25**2)).expand(m.shape).clone()
+        away = torch.meshgrid(*[(torch.arange(s)+.5)/s-.5 for s in m.shape[1:]], indexing='ij')
+        return torch.exp(-sum(o**2 for o in away)/(2*.25**2)).expand(m.shape).clone()
     res = [one(m) for m in maps]
     return torch.stack(res) if isinstance(maps, Tensor) else res
 

@@ -9,7 +9,7 @@ __all__ = ['Mosaics', 'plan_mosaics', 'lay_mosaics', 'MosaicDL', 'focus_of', 'mo
 # %% ../../nbs/52_trust.focus.ipynb #fo000003
 from fastai.vision.all import *
 from ..core.no_trace import no_trace
-from ..core.layers import tensors_in, find_layers
+from ..core.layers import tensors_in, is_picture, find_layers
 from ..core.tasks import tasks
 from ..core.method import get_method, no_pictures
 from ..core.passes import check_whole
@@ -158,7 +158,8 @@ def known_classes(
     def use(ran):
         nonlocal larger
         if len(ran.xb)>1: raise ValueError("this model takes several inputs: Focus is for models that take one photo")
-        if ran.x.ndim!=4: raise no_pictures(ran.x)
+        if not is_picture(ran.x): raise no_pictures(ran.x)
+        if ran.x.ndim==5: raise ValueError("mosaics are made of pictures (n, C, H, W), and this model takes volumes")
         found = ran.task.found(ran.probs, getattr(ran.loss_func, 'thresh', .5))
         if found is None: raise ValueError("this model does not sort images into classes: Focus is for models that do")
         targs = None if ran.targs is None else ran.task.targs(ran.targs.as_subclass(Tensor))

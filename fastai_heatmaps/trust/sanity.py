@@ -11,7 +11,7 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace, restoring
 from ..core.hooks import every_output
 from ..core.layers import as_map
-from ..core.passes import check_whole
+from ..core.passes import resized, check_whole
 from ..data.images import own_dl
 from ..data.draw import show_overlay, name_row
 from ..learner.run import shadow, shows_bars, unwatched, run_passes
@@ -190,9 +190,9 @@ def complexity(
 ) -> Tensor: # (n, k), 0 for a flat map, up to the logarithm of `bins`; NaN for one that is not finite
     "Measure the entropy of each map's histogram, in nats"
     def one(m):
-        size = [max(s, 224) for s in m.shape[1:]]
-        finite = m.isfinite().all(-1).all(-1)
-        p = torch.stack([o.histc(bins) for o in F.interpolate(m.float().nan_to_num()[None], size, mode='bilinear')[0]])
+        side = 224 if m.ndim==3 else 37 # of a volume, which has as many voxels then
+        finite = m.isfinite().flatten(1).all(1)
+        p = torch.stack([o.histc(bins) for o in resized(m.float().nan_to_num()[None], [max(s, side) for s in m.shape[1:]])[0]])
         return torch.where(finite, torch.special.entr(p/p.sum(1, keepdim=True)).sum(1), torch.nan)
     return torch.stack([one(m) for m in maps])
 

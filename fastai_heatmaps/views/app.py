@@ -145,7 +145,9 @@ def heatmap_app(self:Learner,
     dls,names = shadow(self).dls,[str(o) for o in output_names(self) or ()]
     if title is None: title = 'Heatmaps' + (f': {model_name(self)}' if hasattr(self, 'arch') else '')
     if takes_several(dls): raise ValueError("an app asks for one photo, and this Learner takes several inputs: use get_heatmaps")
-    image_class(dls) # or says that it takes no images
+    cls = image_class(dls) # or says that it takes no images
+    if not issubclass(cls, (PILBase, TensorImageBase)):
+        raise ValueError(f"an app asks for photos, and this Learner's images are of the class {cls.__name__}: use explore_heatmaps")
     get_method(method) # or says that there is none
     if not isinstance(method, str): raise ValueError("the menu has methods by name: enter yours with heatmap_method")
     if not isinstance(alpha, Real) or not 0<=alpha<=1: raise ValueError(f"alpha is {alpha!r}; expected 0 to 1")

@@ -131,6 +131,7 @@ def class_images(
         raise ValueError(f"channel {channel!r} of which layer? Name it, or leave the channel out")
     if steps<1: raise ValueError(f"steps is {steps}; expected at least 1")
     model,(x,prepare) = unwrap(learn.model),blank(learn)
+    if x.ndim!=4: raise ValueError(f"class images are pictures (C, H, W), and this model takes {tuple(x.shape[1:])}: there are none of volumes")
     if size is None: size = x.shape[2:]
     elif isinstance(size, int): size = size,size
     shape = (x.shape[1], *size)

@@ -130,7 +130,7 @@ def get_feature_maps(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
     layer=None, # None = the body, or the last layer with a map; a module, a dotted name, or a list of them
     input:int=0 # As in `get_heatmaps`; a layer that runs on several inputs gives what it makes of this one
-) -> dict: # The layer's name -> its output (C, h, w), float32, on the CPU
+) -> dict: # The layer's name -> its output (C, h, w), of a volume (C, d, h, w), float32, on the CPU
     "Get what layers put out for `img`, in the order in which they run; if a layer runs several times, the last time"
     if isinstance(img, (list, L)): raise ValueError("expected one image, not a list of them")
     run,vocab,maps = shadow(self),output_names(self),{}
@@ -175,9 +175,9 @@ def show_feature_maps(self:Learner,
     input:int=0, # As in `get_heatmaps`; a layer that runs on several inputs gives what it makes of this one
     figsize=None # In inches
 ): # An array of Axes: a row for each layer, a column for each channel
-    "Show channels of layers as grey maps, the layers in the order in which they run"
+    "Show channels of layers as grey maps, the layers in the order in which they run; of a volume the largest values along its depth"
     check_whole(n=n)
-    maps = self.get_feature_maps(img, layer, input)
+    maps = {n: m if m.ndim==3 else m.amax(1) for n,m in self.get_feature_maps(img, layer, input).items()}
     picks = _pick_channels(maps, channels, n)
     most = max(map(len, picks))
     cols = min(most, 8)

@@ -20,6 +20,7 @@ from ..core.tasks import tasks, own_loss
 from ..data.drawn import check_free, drawn_by
 from ..data.files import whole_file
 from ..data.images import to_images, own_test_dl, some_places
+from ..data.volumes import Sheet
 from ..data.draw import styles, color_scale, color_words, enlarged, as_png
 from ..data.heatmaps import Heatmaps
 from ..data.means import Mean, map_of, mean_title
@@ -95,7 +96,7 @@ def _choice(hm, i, j, number, cells, share): # one of the maps of photo `i`, to 
                  Span(ft('bdi', task.says(hm.name(c), hm.preds[i], c)), *_tags(hm, i, j)))
 
 def _card(hm, i, img, number, name, loss, signed): # photo `i`, `img`
-    cells,share = _bytes(hm.maps[i], signed)
+    cells,share = _bytes(hm.laid(i, img), signed)
     photo = _photo(img, f'Photo {number}, {name}')
     canvas = Canvas(width=photo.width, height=photo.height, role='img')
     choices = [_choice(hm, i, j, number, *o) for j,o in enumerate(zip(cells, share))]
@@ -150,6 +151,7 @@ def _to_average(classes, most=48): # class -> an empty `Mean`, of those that hav
     return {c:Mean() for c,n in sorted(counts) if n>1}
 
 def _average(means, hm, i, img, classes): # adds photo `i`, `img`, to the means of its `classes`
+    if isinstance(img, Sheet): return # of which each shows slices of its own
     for c in classes:
         m = map_of(hm, i, c)
         if c in means and m is not None: means[c].add(m, _small(img, 160))
@@ -236,7 +238,7 @@ def _how_right(pairs): # of a set
     return f'{n:,} of {len(pairs):,} ({n/len(pairs):.1%})'
 
 def _about(learn, hm, photos, pairs, more): # rows of terms and what they stand for; `more` of them: metrics and the like
-    c,h,w = hm.preds.shape[1],*hm.maps[0].shape[1:]
+    c,cells = hm.preds.shape[1],'×'.join(map(str, hm.maps[0].shape[1:]))
     rows = [] if learn is None else [('model', f'{model_name(learn)}, {total_params(learn.model)[0]:,} parameters')]
     if hm.vocab is None: rows.append(('outputs', f'{c:,}'))
     else: rows.append(('classes', Details(Summary(f'{c:,}'), ft('bdi', ', '.join(map(str, hm.vocab))))))
@@ -245,7 +247,7 @@ def _about(learn, hm, photos, pairs, more): # rows of terms and what they stand 
     at = f' at layer {hm.layer}' if hm.layer else ''
     versions = f'{drawn_by}, fastai {fastai.__version__}, torch {torch.__version__}, Python {platform.python_version()}'
     when = f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}'
-    return rows + more + [('heatmaps', f'{hm.method}{at}, {h}×{w} cells'), ('made', when), ('versions', versions)]
+    return rows + more + [('heatmaps', f'{hm.method}{at}, {cells} cells'), ('made', when), ('versions', versions)]
 
 # %% ../../nbs/46_views.report.ipynb #re000031
 _opacity = styles['fade']['alpha']
