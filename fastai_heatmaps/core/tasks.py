@@ -231,7 +231,8 @@ def warn_if_saturated(
     if not isinstance(pred, Tensor) or is_dense(pred) or pred.numel()%len(idxs): return
     p = pred.detach().as_subclass(Tensor).float().reshape(len(idxs), -1)
     if p.min()<0 or p.max()>1 or p.min()==p.max()==0: return
-    if p.shape[1]>1: p = p.gather(1, idxs)
-    if ((p>.999) | (p<1e-6)).any():
+    if p.shape[1]>1: least,p = 1e-6,p.gather(1, idxs) # asking for an unlikely class is no mistake
+    else: least = .001 # one output stands for both classes, and one of the two is all but certain
+    if ((p>.999) | (p<least)).any():
         warn("the model seems to end in a sigmoid or softmax, which is saturated here: gradients vanish and the map is faint; "
              "explain the model without it")

@@ -255,7 +255,8 @@ def show_scales(
     for ax,top in tops.items():
         times = max(tops.values())/top
         lines = ax.get_title().split('\n') if ax.get_title() else []
-        if times>=1.5: wrap_title(ax, [*lines, f'(shown {times:.2g}× stronger)'], ax.title.get_color(), ax.title.get_fontsize())
+        about = f"{float(f'{times:.2g}'):,.12g}" # 48,000 rather than 4.8e+04
+        if times>=1.5: wrap_title(ax, [*lines, f'(shown {about}× stronger)'], ax.title.get_color(), ax.title.get_fontsize())
 
 # %% ../../nbs/22_data.draw.ipynb #dr000022
 def new_panels(

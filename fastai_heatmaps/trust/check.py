@@ -447,7 +447,7 @@ def _draw_dots(axs, names, found): # a panel for each measure, a row for each me
         low = min(-.3 if kind in ('sanity', 'stability') else -.03, ax.dataLim.x0-.03)
         ax.set(xlim=(low,1.03), ylim=(len(found)-.5,-.5), xticks=[0,.5,1])
         ax.set_yticks(range_of(found), names if kind==first(dots[0]) else ['']*len(found))
-        ax.set_title(f'{kind}: {word}', fontsize=10)
+        wrap_title(ax, [f'{kind}: {word}'])
         ax.tick_params(labelsize=8)
         ax.grid(axis='x', alpha=.3)
         ax.spines[['top','right']].set_visible(False)

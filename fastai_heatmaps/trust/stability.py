@@ -119,8 +119,8 @@ def _found(found, noise, wanted): # the `Findings` of what `measure_stability` g
     kinds = 'noise','flip','others','gini'
     table = pd.DataFrame([mean_columns({k:r[k] for k in kinds}) for r in found.values()], index=pd.Index(found, name='method'))
     each = {f'{name} {k}':r[k] for name,r in found.items() for k in (*kinds, 'moved')}
-    clear = torch.stack([r['noise']+r['flip'] for r in found.values()]).isfinite().all(0)[:,0].nonzero().flatten().tolist()
-    i = (clear or [0])[0] # an image whose maps can be compared
+    fits = torch.stack([(r['noise']+r['flip']).isfinite() & ~r['moved'][:,0] for r in found.values()]).all(0)[:,0]
+    i = int(fits.int().argmax()) # the first image whose maps can be compared, those of the copy that is drawn, too
     hms = [r['hms'] for r in found.values()]
     drawn = [[hm[i].replace(images=None) for hm in o] for o in hms]
     draw = partial(_draw_stability, hms[0][0].image(i), drawn, list(found))
