@@ -71,7 +71,8 @@ def no_pictures(
 ) -> ValueError: # To be raised
     "Make the error for a model that takes no pictures"
     return ValueError(f"the model's first input is {tuple(x.shape)}, {x.dtype}, and this method explains pictures, "
-                      "a tensor (n, C, H, W), or volumes (n, C, D, H, W): for tables, text and other vectors use another library, such as captum")
+                      "a tensor (n, C, H, W), or volumes (n, C, D, H, W): "
+                      "for tables, text and other vectors use another library, such as captum")
 
 # %% ../../nbs/05_core.method.ipynb #mt000006
 class Method:
