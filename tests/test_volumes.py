@@ -490,3 +490,32 @@ def test_what_is_for_pictures_says_so(scan_learn):
 @pytest.mark.slow
 def test_an_app_opens_photos(scan_learn):
     with pytest.raises(ValueError, match='asks for photos'): scan_learn.heatmap_app()
+
+
+# ---- trust
+
+def test_maps_of_volumes_are_compared():
+    "A map is like itself and unlike others, in any size; a spot in the middle is strongest there, on each axis alike"
+    from fastai_heatmaps.trust.findings import rank_correlation, ssim, centre_maps
+    set_seed(0)
+    m = F.interpolate(torch.rand(2, 1, 3, 3, 3), (8,12,16), mode='trilinear')
+    large = F.interpolate(m, (16,24,32), mode='trilinear')
+    for f in (rank_correlation, ssim):
+        torch.testing.assert_close(f(m, m), torch.ones(2, 1))
+        assert (f(m, m.flip(0))<.7).all() and (f(large, m)>.95).all()
+    c = centre_maps(torch.zeros(1, 1, 5, 7, 9))[0,0]
+    assert np.unravel_index(c.argmax(), c.shape)==(2,3,4)
+    torch.testing.assert_close(c, centre_maps(torch.zeros(1, 1, 9, 5, 7))[0,0].permute(1,2,0))
+
+
+def test_a_faithful_map_of_volumes():
+    "The score is the sum of one slice: to hide that first leaves nothing, to hide it last leaves all until then"
+    class Slice(nn.Module):
+        def forward(self, x): return torch.stack([x[:,0,1].sum((1,2)), 0*x.sum((1,2,3,4))], 1)
+    x = torch.ones(1, 4, 4, 4)
+    dls = DataLoaders.from_dsets([(x,0)], [(x,0)], bs=1, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Identity(), Slice(), nn.BatchNorm1d(2).requires_grad_(False)), loss_func=CrossEntropyLossFlat())
+    hm = learn.get_heatmaps(cls=0, method='gradient_x_input')
+    good,bad = [hm.replace(maps=o).faithfulness(metrics='deletion', steps=4, fill=0.).table.value.iloc[0] for o in (hm.maps, hm.maps.amax()-hm.maps)]
+    assert good==pytest.approx((1/2+3*.5+.5/2)/4, abs=.01) and bad==pytest.approx((1/2+3*1+.5/2)/4, abs=.01)
+    with pytest.raises(ValueError, match='ROAD is for pictures'): hm.faithfulness(metrics='road_most')

@@ -71,7 +71,8 @@ def no_pictures(
 ) -> ValueError: # To be raised
     "Make the error for a model that takes no pictures"
     return ValueError(f"the model's first input is {tuple(x.shape)}, {x.dtype}, and this method explains pictures, "
-                      "a tensor (n, C, H, W), or volumes (n, C, D, H, W): for tables, text and other vectors use another library, such as captum")
+                      "a tensor (n, C, H, W), or volumes (n, C, D, H, W): "
+                      "for tables, text and other vectors use another library, such as captum")
 
 # %% ../../nbs/05_core.method.ipynb #mt000006
 class Method:
@@ -110,8 +111,8 @@ class Method:
 
     def maps(self, probe):
         "Make the maps (n, k, h, w) of the classes that `probe` asks about; of volumes (n, k, d, h, w)"
-        if not is_picture(probe.x): raise no_pictures(probe.x)
-        (n,k),ndim = probe.idxs.shape,probe.x.ndim # which the maps have, too
+        n,k = probe.idxs.shape
+        ndim = probe.x.ndim if is_picture(probe.x) else 4 # of the maps
         if self.needs=='activations':
             res = self.func(probe.acts)
             if isinstance(res, Tensor) and res.ndim==ndim-1: res = res[:,None].expand(n, k, *res.shape[1:])
@@ -121,6 +122,7 @@ class Method:
             if res is None: res = [self.func(probe.acts, g) for g in probe.gradients()]
             if is_listy(res): res = torch.stack(res, 1) if all(isinstance(o, Tensor) and o.ndim==ndim-1 for o in res) else res[0]
         if isinstance(res, Tensor) and res.ndim==ndim and res.shape[:2]==(n,k): return res.detach().as_subclass(Tensor).float()
+        if not is_picture(probe.x): raise no_pictures(probe.x)
         got = tuple(res.shape) if isinstance(res, Tensor) else type(res).__name__
         of = f' from activations {tuple(probe.acts.shape)}' if self.needs in ('activations', 'gradients') else ''
         raise ValueError(f"the method gave {got}; expected a map (n, {'d, '*(ndim-4)}h, w){of}")

@@ -44,7 +44,7 @@ def at_each(
 
 # %% ../../nbs/06_core.passes.ipynb #ps000006
 class Probe(GetAttr):
-    "One question to a pass: the classes `idxs` (n, k) with their scores `y` (n, k), and what a layer put out, `acts` (n, C, h, w), of volumes (n, C, d, h, w)"
+    "One question to a pass: the classes `idxs` (n, k) with their scores `y` (n, k), and what a layer put out, `acts` (n, C, h, w)"
     _default = 'ran'
     def __init__(self,
         ran, # The `Pass`
@@ -152,7 +152,8 @@ def check_hook(
     if not is_tensor or not is_one_cell(a) or len(a)!=len(xb[0]):
         of = f' for {len(xb[0])} images' if is_tensor and a.ndim>1 and len(a)!=len(xb[0]) else ''
         raise no_map(f"layer '{name}' puts out {tuple(a.shape) if is_tensor else a_thing}{of}", model, *xb)
-    warn(f"the map of layer '{name}' is {'×'.join('1' for _ in spatial(a))}, which shows nothing: choose an earlier layer or larger images")
+    size = '×'.join(map(str, a.shape[2:]))
+    warn(f"the map of layer '{name}' is {size}, which shows nothing: choose an earlier layer or larger images")
 
 # %% ../../nbs/06_core.passes.ipynb #ps000020
 def check_whole(

@@ -93,8 +93,13 @@ class Heatmaps:
         "Name class `c`: its name in the vocab, or its index as text"
         return str(int(c) if self.vocab is None else self.vocab[c])
 
-    def image(self, i, slices='cross', spacing=None, x=None):
-        "Decode image `i` as the model saw it, or `x` in its place: (channels, H, W); a volume as the `Sheet` that `show` draws"
+    def image(self,
+        i:int, # Which image
+        slices='cross', # Of a volume, as for `show`
+        spacing=None, # Of its voxels, as for `show`
+        x:Tensor=None # Decode this one in its place: (channels, H, W), or a volume
+    ) -> Tensor: # (channels, H, W) in 0 to 1; of a volume the `Sheet` that `show` draws
+        "Decode an image as the model saw it"
         img = self.images.image(i, x)
         return img if img.ndim==3 else as_sheet(img, find_slices(slices, self.maps[i][0], img.shape[1:], spacing))
 

@@ -126,7 +126,8 @@ def image_class(
     if takes_several(dls):
         raise ValueError("this Learner takes several inputs, not one image: "
                          "pass a DataLoader of items as it knows them, dl=learn.dls.test_dl(items)")
-    types = _types(tl, PILBase, TensorImageBase) or _types(tl, Tensor) # what loads a scan often makes a plain tensor
+    types = _types(tl, PILBase, TensorImageBase)
+    if not types and (not len(tl) or getattr(tl[0], 'ndim', 0) in (3,4)): types = _types(tl, Tensor) # as scans become, but not words
     if not types: raise no_images
     return types[0]
 
