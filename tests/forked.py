@@ -1,19 +1,30 @@
 "Runs notebooks, by nbdev-test's own code, and scripts, each in a process of its own, forked from this one, which has imported fastai: that takes longer than most of them."
-import os, runpy, sys
+import gc, os, runpy, sys, traceback
 import fastai.vision.all # and nothing of this package: each imports what it needs
 from nbdev.test import nbdev_test
 
 def run(fn, *args):
-    if fn.endswith('.ipynb'): sys.exit(nbdev_test(fn, flags=args[0]))
+    if fn.endswith('.ipynb'): return nbdev_test(fn, flags=args[0])
     sys.argv = [fn, *args]
     runpy.run_path(fn, run_name='__main__')
 
+def rc(fn, *args):
+    "Run `fn` and give the exit code that Python would end with"
+    try: return run(fn, *args) or 0
+    except SystemExit as e:
+        if e.code is None or isinstance(e.code, int): return e.code or 0
+        print(e.code, file=sys.stderr)
+    except BaseException: traceback.print_exc()
+    return 1
+
+gc.freeze() # no child goes over what is here already, which would copy it
 for line in sys.stdin:
     log,*args = line.rstrip('\n').split('\t')
     pid = os.fork()
     if not pid:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for o in (1, 2): os.dup2(os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND), o)
-        run(*args)
-        sys.exit()
+        code = rc(*args)
+        for o in (sys.stdout, sys.stderr): o.flush()
+        os._exit(code) # to take all of fastai apart takes seconds
     print(os.waitpid(pid, 0)[1], flush=True)

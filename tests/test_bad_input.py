@@ -78,7 +78,7 @@ def test_every_method(pics, photo, method):
 def test_whole_numbers_have_no_gradients():
     class Scale(nn.Module):
         def forward(self, x): return x/255
-    net = nn.Sequential(Scale(), create_vision_model(resnet18, 2, pretrained=False))
+    net = nn.Sequential(Scale(), create_vision_model(narrow18, 2, pretrained=False))
     fails(lambda: model_heatmaps(net, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), method='saliency'), 'torch.uint8', 'no gradients')
 
 
@@ -86,7 +86,7 @@ def test_methods_for_other_models(learn, photo):
     fails(lambda: learn.show_heatmap(photo, method='cam'), 'one linear layer', "use 'gradcam'")
     fails(lambda: learn.show_heatmap(photo, method='legrad'), 'no attention', "such as 'gradcam'")
     learn.loss_func = MSELossFlat()
-    fails(lambda: model_heatmaps(create_vision_model(resnet18, 1, pretrained=False), torch.rand(1, 3, 64, 64), method='finercam'), 'one output')
+    fails(lambda: model_heatmaps(create_vision_model(narrow18, 1, pretrained=False), torch.rand(1, 3, 64, 64), method='finercam'), 'one output')
     with pytest.warns(UserWarning, match='calls no ReLU'): model_heatmaps(net_for('legrad'), torch.rand(1, 3, 64, 64), method='guided_backprop')
 
 
@@ -161,7 +161,7 @@ def test_items(learn, photo):
 def test_plain_dataloaders_out_of_order():
     ds = [(torch.rand(3, 64, 64), i%2) for i in range(6)]
     def dl(**kwargs): return torch.utils.data.DataLoader(ds, 4, **kwargs)
-    learn = Learner(DataLoaders(dl(), dl()), create_vision_model(resnet18, 2, pretrained=False), loss_func=nn.CrossEntropyLoss())
+    learn = Learner(DataLoaders(dl(), dl()), create_vision_model(narrow18, 2, pretrained=False), loss_func=nn.CrossEntropyLoss())
     fails(lambda: learn.get_heatmaps(dl=dl(shuffle=True)), 'shuffle=False')
     fails(lambda: learn.get_heatmaps(dl=dl(sampler=torch.utils.data.SubsetRandomSampler([1,3]))), 'shuffle=False')
     fails(lambda: learn.get_heatmaps(dl=torch.utils.data.DataLoader(ds, 4, drop_last=True)), '4 images for 6')
@@ -173,7 +173,7 @@ def test_outputs_that_do_not_fit(learn, photo):
         def forward(self, x): return x.squeeze()
     model = learn.model
     fails(lambda: model_heatmaps(nn.Sequential(model[0], nn.Sequential(model[1], Squeeze())), torch.rand(1, 3, 64, 64)), "output is (2,)", 'n is 1')
-    learn.model = create_vision_model(resnet18, 3, pretrained=False)
+    learn.model = create_vision_model(narrow18, 3, pretrained=False)
     fails(lambda: learn.show_gradcam(photo), '3 outputs', '2 names')
 
 
@@ -190,7 +190,7 @@ def test_channels(learn):
 
 def test_channels_of_a_learner(pics, photo):
     learn = pic_learner(pics)
-    learn.model = create_vision_model(resnet18, 2, pretrained=False, n_in=4)
+    learn.model = create_vision_model(narrow18, 2, pretrained=False, n_in=4)
     fails(lambda: learn.show_gradcam(photo), '3 channels', 'takes 4')
 
 

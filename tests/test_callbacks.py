@@ -255,7 +255,7 @@ class Keeps(nn.Module):
     "Keeps what goes through it, in every way"
     def __init__(self):
         super().__init__()
-        self.lin,self.register = nn.Linear(512, 512),noop
+        self.lin,self.register = nn.Linear(64, 64),noop
         self.register_buffer('buf', torch.zeros(1))
         self.lists,self.dict,self.l = [[]],{'a': {}},L([0])
     def forward(self, x):
@@ -264,7 +264,7 @@ class Keeps(nn.Module):
         return x
 
 def keeper():
-    return nn.Sequential(nn.Sequential(*create_body(models.resnet18(weights=None)).children()), nn.Sequential(AdaptiveConcatPool2d(1), Flatten(), nn.Linear(1024, 512), Keeps(), nn.Linear(512, 2)))
+    return nn.Sequential(nn.Sequential(*create_body(narrow18()).children()), nn.Sequential(AdaptiveConcatPool2d(1), Flatten(), nn.Linear(128, 64), Keeps(), nn.Linear(64, 2)))
 
 def graphs(model):
     found = []

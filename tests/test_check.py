@@ -137,7 +137,7 @@ def test_a_net_that_has_learned_nothing(seed):
 @pytest.mark.slow
 def test_a_fresh_vision_learner(pics):
     learn = patch_learner(40)
-    fresh = vision_learner(learn.dls, resnet18, pretrained=False, normalize=False)
+    fresh = vision_learner(learn.dls, narrow18, pretrained=False, normalize=False)
     f = fresh.check_heatmaps()
     assert f.loc['gradcam','verdict']=='cannot be trusted' and '(a heatmap of guesses explains guesses)' in f.words
 

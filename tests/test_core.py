@@ -16,7 +16,7 @@ def v1_model(c=3):
     return nn.Sequential(body, create_head(num_features_model(body), c))
 
 
-nets = dict(create_cnn=v1_model, create_vision_model=lambda: create_vision_model(resnet18, 3, pretrained=False), vgg11=lambda: create_vision_model(models.vgg11, 3, pretrained=False))
+nets = dict(create_cnn=v1_model, create_vision_model=lambda: create_vision_model(narrow18, 3, pretrained=False), vgg11=lambda: create_vision_model(models.vgg11, 3, pretrained=False))
 
 
 @pytest.mark.parametrize('name', nets)

@@ -72,7 +72,7 @@ def test_equal_to_get_heatmaps(method, pics, file):
 @pytest.mark.slow
 @pytest.mark.parametrize('block,get_y', [(RegressionBlock(n_out=3), three_numbers), (MultiCategoryBlock, tags), (MaskBlock(codes=['none', 'blue', 'red']), mask)])
 def test_other_tasks(block, get_y, pics, file):
-    if get_y is mask: learn = unet_learner(task_dls(pics, block, get_y=get_y), resnet18, pretrained=False, normalize=False)
+    if get_y is mask: learn = unet_learner(task_dls(pics, block, get_y=get_y), narrow18, pretrained=False, normalize=False)
     else: learn = task_learner(pics, block, get_y)
     before = state(learn.model, learn)
     pic,classes,methods,layers,opacity,note = parts(learn.explore_heatmaps(file, cls=1))
@@ -147,7 +147,7 @@ def test_a_changed_model_is_run_again(change, learn, file):
     passes.heatmaps(0)
     if change=='data': learn.model[1][-1].weight.data.mul_(-2) # as fastai's optimisers do it
     if change=='buffer': learn.model[0][1].running_mean += 1
-    if change=='model': learn.model = create_vision_model(resnet18, 2, pretrained=False)
+    if change=='model': learn.model = create_vision_model(narrow18, 2, pretrained=False)
     torch.testing.assert_close(passes.heatmaps(0).maps, learn.get_heatmaps(file, 0).maps)
     torch.testing.assert_close(passes.heatmaps(1, 'layercam', '0.5').maps, learn.get_heatmaps(file, 1, 'layercam', '0.5').maps)
 

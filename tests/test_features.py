@@ -293,7 +293,7 @@ def test_parts_are_the_whole_model(learn, demo):
             assert len(mods)==len(set(mods)) # none inside another
     names = [n for n,*_ in model_parts(learn.model, torch.zeros(1, 3, 64, 64), depth=2)]
     assert names==[f'0.{i}' for i in range(8)]+[f'1.{i}' for i in range(9)]
-    assert [(s,hw) for n,_,s,hw in model_parts(learn.model, torch.zeros(1, 3, 64, 64), depth=1)]==[((512,2,2),(2,2)), ((2,),None)]
+    assert [(s,hw) for n,_,s,hw in model_parts(learn.model, torch.zeros(1, 3, 64, 64), depth=1)]==[((64,2,2),(2,2)), ((2,),None)]
 
 
 def test_architecture_says_what_is_so(learn):

@@ -62,7 +62,7 @@ def test_own_image_classes_and_functions(pics, tmp_path):
     for block in (ImageBlock(PILFromNumpy), TransformBlock(type_tfms=open_npy)):
         set_seed(7)
         dls = DataBlock((block, CategoryBlock), get_y=label, splitter=IndexSplitter(range(0, 12, 2))).dataloaders(files, bs=4, num_workers=0, device='cpu')
-        learn = Learner(dls, create_vision_model(resnet18, 2, pretrained=False), loss_func=CrossEntropyLossFlat())
+        learn = Learner(dls, create_vision_model(narrow18, 2, pretrained=False), loss_func=CrossEntropyLossFlat())
         hm = learn.get_heatmaps(files[0], cls=0)
         torch.testing.assert_close(hm.maps[0], learn.get_heatmaps(cls=0).maps[0], rtol=1e-4, atol=1e-6)
         learn.show_gradcam(files[0])
@@ -118,7 +118,7 @@ def test_a_shuffled_dataloader_comes_in_the_order_of_its_set(learn):
 def test_channels(pics, cls, n_in, mode):
     set_seed(7)
     dls = pic_block(img=ImageBlock(cls), get_items=get_image_files).dataloaders(pics, bs=4, num_workers=0, device='cpu')
-    learn = Learner(dls, create_vision_model(resnet18, 2, pretrained=False, n_in=n_in), loss_func=CrossEntropyLossFlat())
+    learn = Learner(dls, create_vision_model(narrow18, 2, pretrained=False, n_in=n_in), loss_func=CrossEntropyLossFlat())
     f = get_image_files(pics).sorted()[0]
     hm,x = check(learn, f)
     assert x.shape[1]==n_in
@@ -139,7 +139,7 @@ def test_dataframe_folder_function_and_without_resize(pics, tmp_path):
                 ImageDataLoaders.from_name_func(pics, files, lambda o: label(o), valid_pct=.5, seed=1, **kw),
                 ImageDataLoaders.from_path_func(pics, files, label, valid_pct=.5, seed=1, **kw)):
         set_seed(7)
-        learn = vision_learner(dls, resnet18, pretrained=False, normalize=False)
+        learn = vision_learner(dls, narrow18, pretrained=False, normalize=False)
         check(learn, files[0])
         hm = learn.get_heatmaps()
         assert len(hm)==len(dls.valid_ds) and len(hm.items)==len(hm)
@@ -159,7 +159,7 @@ def test_items_of_different_sizes(pics):
     set_seed(7)
     block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=label, splitter=IndexSplitter(range(6)))
     dls = block.dataloaders(pics, bs=1, num_workers=0, device='cpu')
-    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False)
+    learn = vision_learner(dls, narrow18, pretrained=False, normalize=False)
     big,small = Image.new('RGB', (200,100)),Image.new('RGB', (70,60))
     hm = learn.get_heatmaps([big, small], cls=[0,1])
     assert [tuple(m.shape) for m in hm.maps]==[(2,4,7), (2,2,3)] and hm[1:].maps[0].shape==(2,2,3)
@@ -194,7 +194,7 @@ def test_callbacks_of_the_learner_apply(pics, cbs, method):
 
 def test_under_the_callers_autocast():
     set_seed(7)
-    model,xb = create_vision_model(resnet18, 3, pretrained=False),torch.randn(2, 3, 64, 64)
+    model,xb = create_vision_model(narrow18, 3, pretrained=False),torch.randn(2, 3, 64, 64)
     want,_ = model_heatmaps(model, xb, cls=1, relu=False)
     with torch.autocast('cpu', torch.bfloat16): got,preds = model_heatmaps(model, xb, cls=1, relu=False)
     assert got.dtype==torch.float32 and preds.dtype==torch.bfloat16
@@ -281,7 +281,7 @@ def test_worker_processes_that_are_spawned(pics):
 
 def test_a_part_before_the_network(pics):
     "A grey-to-RGB convolution or a normalisation in front of a network is not its body"
-    net = create_vision_model(resnet18, 3, pretrained=False).eval()
+    net = create_vision_model(narrow18, 3, pretrained=False).eval()
     x = torch.rand(1, 1, 96, 96)
     grey = nn.Sequential(nn.Conv2d(1, 3, 1), net).eval()
     torch.testing.assert_close(model_heatmaps(grey, x, cls=1)[0], model_heatmaps(net, grey[0](x).detach(), cls=1)[0])
@@ -293,7 +293,7 @@ def test_a_vocab_of_numbers(pics):
     "A number is an entry of the vocab if the vocab holds it, and an index otherwise"
     dls = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda o: 3 if 'Red' in o.name else 7,
                     splitter=IndexSplitter(range(6)), item_tfms=Resize(64)).dataloaders(pics, bs=4, num_workers=0, device='cpu')
-    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False)
+    learn = vision_learner(dls, narrow18, pretrained=False, normalize=False)
     f = get_image_files(pics)[0]
     assert [int(learn.get_heatmaps(f, cls=o).cls) for o in (3, 7, 0, 1)]==[0, 1, 0, 1]
     x,y = dls.valid_ds[0] # a tensor is an index all the same
@@ -333,7 +333,7 @@ def test_a_plain_pytorch_dataloader():
     set_seed(7)
     ds = [(torch.rand(3, 64, 64), i%2) for i in range(6)]
     dls = DataLoaders(torch.utils.data.DataLoader(ds, 4), torch.utils.data.DataLoader(ds, 4))
-    learn = Learner(dls, create_vision_model(resnet18, 2, pretrained=False), loss_func=nn.CrossEntropyLoss())
+    learn = Learner(dls, create_vision_model(narrow18, 2, pretrained=False), loss_func=nn.CrossEntropyLoss())
     hm = learn.get_heatmaps(cls='targ')
     assert hm.maps.shape==(6,1,2,2) and hm.targs.tolist()==[0,1]*3
     hm.plot()

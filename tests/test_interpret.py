@@ -236,7 +236,7 @@ def test_training_set_and_data_frame(pics):
     df = pd.DataFrame(dict(file=[str(o) for o in files], y=[Path(o).name.rsplit('_', 1)[0] for o in files]))
     set_seed(3)
     dls = ImageDataLoaders.from_df(df, path='/', valid_pct=.5, seed=1, item_tfms=Resize(64), batch_tfms=aug_transforms(), bs=4, num_workers=0, device='cpu')
-    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False)
+    learn = vision_learner(dls, narrow18, pretrained=False, normalize=False)
     for ds_idx in (0,1):
         with learn.no_bar():
             interp = ClassificationInterpretation.from_learner(learn, ds_idx=ds_idx)
@@ -254,7 +254,7 @@ def test_training_set_and_data_frame(pics):
 def segmenter(pics):
     from test_tasks import task_dls
     dls = task_dls(pics, MaskBlock(['none', 'red', 'blue']), get_y=mask)
-    return unet_learner(dls, resnet18, n_out=3, pretrained=False, normalize=False)
+    return unet_learner(dls, narrow18, n_out=3, pretrained=False, normalize=False)
 
 
 def test_multi_label(pics):
@@ -377,7 +377,7 @@ def test_number_vocab(pics):
     "Classes that are numbers themselves are looked up by name, and explained by index"
     set_seed(7)
     dls = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda o: 1+int(o.stem.split('_')[-1])%2, splitter=IndexSplitter(range(6)), item_tfms=Resize(64)).dataloaders(pics, bs=4, num_workers=0, device='cpu')
-    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False)
+    learn = vision_learner(dls, narrow18, pretrained=False, normalize=False)
     with learn.no_bar(): interp = ClassificationInterpretation.from_learner(learn)
     (t,p),idxs = next(iter(by_cell(learn)[0].items()))
     hm = interp.confusion_heatmaps(t+1, p+1)

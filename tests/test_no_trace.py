@@ -100,7 +100,7 @@ def test_model_after_an_error_in_any_pass(method, what):
 @pytest.mark.parametrize('where', ['body', 'head'])
 @pytest.mark.parametrize('how', ways)
 def test_model_after_an_error_inside(how, where, what):
-    model = create_vision_model(resnet18, 3, pretrained=False)
+    model = create_vision_model(narrow18, 3, pretrained=False)
     if where=='head': model[1].add_module('bomb', Bomb(what))
     else: model[0].insert(5, Bomb(what))
     prepare(model, how)
@@ -113,7 +113,7 @@ def test_model_after_an_error_inside(how, where, what):
 @pytest.mark.parametrize('kwargs', [dict(cls=9), dict(cls=[1,1]), dict(cls=tensor([0])), dict(method='nope'), dict(layer='nope'), dict(layer='1.8'),
                                     dict(method=lambda acts, grads: acts), dict(method=lambda acts, grads: 1/0)])
 def test_model_after_bad_arguments(kwargs):
-    model = prepare(create_vision_model(resnet18, 3, pretrained=False), 'mixed')
+    model = prepare(create_vision_model(narrow18, 3, pretrained=False), 'mixed')
     before = state(model)
     with pytest.raises((ValueError, ZeroDivisionError)): model_heatmaps(model, torch.randn(2, 3, 64, 64), **kwargs)
     same(before, state(model))
@@ -206,7 +206,7 @@ def test_callers_mode(learn, pics, mode):
 def test_threads():
     "Two threads explain through one model, which is in train mode, while it answers a third that only predicts"
     set_seed(5)
-    model = create_vision_model(resnet18, 3, pretrained=False).eval()
+    model = create_vision_model(narrow18, 3, pretrained=False).eval()
     xbs = [torch.randn(1, 3, 64, 64) for _ in range(4)]
     want = [[model_heatmaps(model, x, cls=[0,2], layer=l)[0] for x in xbs] for l in (None, '0.6')]
     with torch.no_grad(): plain = [model(x) for x in xbs]
@@ -237,7 +237,7 @@ def test_threads():
 @pytest.mark.slow
 def test_threads_in_train_mode():
     "The last of several runs puts the flags back, and no run sees another's train mode"
-    model = prepare(create_vision_model(resnet18, 3, pretrained=False), 'mixed')
+    model = prepare(create_vision_model(narrow18, 3, pretrained=False), 'mixed')
     x = torch.randn(1, 3, 64, 64)
     want,before,wrong = model_heatmaps(model, x, cls=1)[0],state(model),[]
     def explain():
@@ -327,7 +327,7 @@ def test_callbacks_state(learn, pics):
 @pytest.mark.skipif(not hasattr(signal, 'SIGALRM'), reason='needs a timer signal, which Windows has not')
 def test_interrupts():
     "Ctrl-C at any moment leaves no module in another mode, and the next call works"
-    model = prepare(create_vision_model(resnet18, 3, pretrained=False), 'mixed')
+    model = prepare(create_vision_model(narrow18, 3, pretrained=False), 'mixed')
     x,hits = torch.randn(1, 3, 64, 64),0
     model_heatmaps(model, x)
     before,rng = state(model),np.random.default_rng(0)
@@ -361,7 +361,7 @@ def test_results_have_no_graph(learn):
 
 def test_two_models_that_share_modules():
     "Runs on a model and on another one around it may overlap"
-    net = create_vision_model(resnet18, 2, pretrained=False).train()
+    net = create_vision_model(narrow18, 2, pretrained=False).train()
     outer = nn.Sequential(net)
     with eval_mode(outer):
         with eval_mode(net): pass

@@ -35,7 +35,7 @@ def small(request, lite0):
     "For methods that run the model many times: a model, the name of an inner layer without negative values, a batch of small pictures, and a class for each"
     set_seed(3)
     if request.param=='efficientnet_lite0': return lite0[0], '0.2.1.0.bn1', F.interpolate(lite0[1]('cat', 'rocket'), (64,96), mode='bilinear'), [281, 540]
-    return create_vision_model(resnet18, 37, pretrained=False).eval(), '0.4', torch.randn(2, 3, 64, 96), [5, 36]
+    return create_vision_model(narrow18, 37, pretrained=False).eval(), '0.4', torch.randn(2, 3, 64, 96), [5, 36]
 
 
 def ours(model, xb, targs, method='gradcam', **kwargs):
@@ -142,7 +142,7 @@ def test_pytorch_grad_cam_ablationcam(small):
 def test_pytorch_grad_cam_ablationcam_at_the_end_of_the_body():
     "For a class whose score is below zero, its map is the negative of ours"
     set_seed(3)
-    model,xb = create_vision_model(resnet18, 37, pretrained=False).eval(),torch.randn(1, 3, 64, 96)
+    model,xb = create_vision_model(narrow18, 37, pretrained=False).eval(),torch.randn(1, 3, 64, 96)
     for c,sign in ((best(model, xb)[0], 1), (int(model(xb).argmin()), -1)):
         all_close(ours(model, xb, [c], 'ablationcam'), sign*parts(pgc.AblationCAM, model, model[0], xb, [c]))
 
@@ -292,7 +292,7 @@ def test_captum_hirescam(case):
 def test_inner_layer_before_an_inplace_relu():
     "captum is right here; pytorch-grad-cam 1.5.7 mixes the activations after the ReLU with the gradients before it, and is not asked"
     set_seed(3)
-    model = create_vision_model(resnet18, 5, pretrained=False).eval()
+    model = create_vision_model(narrow18, 5, pretrained=False).eval()
     xb,layer = torch.randn(2, 3, 96, 96),model[0][6][0].bn1
     all_close(ours(model, xb, [1,4], layer='0.6.0.bn1'), captum.LayerGradCam(model, layer).attribute(xb, target=[1,4])[:,0])
 

@@ -85,7 +85,7 @@ def test_says_what_fastai_says(learn, tmp_path):
 
 def test_says_what_the_model_is(learn, tmp_path):
     facts = Page(learn.heatmap_report(tmp_path/'r.html', layer='0.6', method='layercam', seed=3)).facts
-    assert facts['model']==f'resnet18, {sum(p.numel() for p in learn.model.parameters()):,} parameters'
+    assert facts['model']==f'narrow18, {sum(p.numel() for p in learn.model.parameters()):,} parameters'
     assert facts['classes']=='2Blue_ish, Red' and facts['photos']=='6, the largest losses first'
     assert facts['input']=='3×64×64' and facts['seed']=='3'
     assert facts['heatmaps']=='layercam at layer 0.6, 4×4 cells'
@@ -317,7 +317,7 @@ def test_multi_label(pics, tmp_path):
                       splitter=IndexSplitter(range(6)), item_tfms=Resize(64))
     dls = block.dataloaders(pics, bs=4, num_workers=0, device='cpu')
     metric = partial(accuracy_multi, thresh=.4)
-    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, n_out=3, metrics=metric)
+    learn = vision_learner(dls, narrow18, pretrained=False, normalize=False, n_out=3, metrics=metric)
     page = Page(learn.heatmap_report(tmp_path/'r.html', topk=2))
     p,t = learn.get_preds()
     place = {f.name: i for i,f in enumerate(learn.dls.valid_ds.items)}
@@ -336,7 +336,7 @@ def test_numbers(pics, tmp_path):
     block = DataBlock((ImageBlock, RegressionBlock(n_out=2)), get_items=get_image_files, get_y=lambda o: [1.5, -2],
                       splitter=IndexSplitter(range(6)), item_tfms=Resize(64))
     dls = block.dataloaders(pics, bs=4, num_workers=0, device='cpu')
-    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, metrics=mae)
+    learn = vision_learner(dls, narrow18, pretrained=False, normalize=False, metrics=mae)
     page = Page(learn.heatmap_report(tmp_path/'r.html'))
     assert page.facts['outputs']=='2' and page.facts['mae']==f'{learn.validate()[1]:.4g}' and not page.all('table')
     assert page.said(0, 'truth')=='1.5, -2' and page.said(0, 'loss') and 'predicted' not in page.cards[0]['text']
@@ -362,7 +362,7 @@ def test_segmentation(tmp_path, pics):
 
 def test_one_output_for_two_classes(pics, tmp_path):
     learn = pic_learner(pics, loss_func=BCEWithLogitsLossFlat())
-    learn.model = create_vision_model(resnet18, 1, pretrained=False)
+    learn.model = create_vision_model(narrow18, 1, pretrained=False)
     learn.metrics = []
     page = Page(learn.heatmap_report(tmp_path/'r.html'))
     assert all(len(o)==2 for o in page.maps) and 'of 6' in page.facts['right']

@@ -35,7 +35,7 @@ def test_ablationcam_by_hand_on_both_sides_of_zero(bias, share):
 def test_ablationcam_of_the_two_classes_of_one_logit(pics):
     "What speaks for one of them speaks against the other"
     learn = pic_learner(pics, loss_func=BCEWithLogitsLossFlat())
-    learn.model = create_vision_model(resnet18, 1, pretrained=False)
+    learn.model = create_vision_model(narrow18, 1, pretrained=False)
     maps = learn.get_heatmaps(cls=['Blue_ish', 'Red'], method='ablationcam', relu=False).maps
     assert maps.abs().amax((2,3)).min()>0
     torch.testing.assert_close(maps[:,0], -maps[:,1])

@@ -160,10 +160,10 @@ def test_other_tasks(pics):
     "Several classes at once, numbers, and a class for each pixel"
     files = get_image_files(pics)
     def dls(block, y, **kwargs): return DataBlock((ImageBlock, block), get_y=y, splitter=IndexSplitter(range(6)), item_tfms=Resize(64), **kwargs).dataloaders(files, bs=4, num_workers=0, device='cpu')
-    multi = Learner(dls(MultiCategoryBlock(vocab=['a','b','c']), lambda o: ['a','b'][:1+len(o.name)%2]), create_vision_model(resnet18, 3, pretrained=False), loss_func=BCEWithLogitsLossFlat())
-    number = Learner(dls(RegressionBlock, lambda o: 1.), create_vision_model(resnet18, 1, pretrained=False), loss_func=MSELossFlat())
+    multi = Learner(dls(MultiCategoryBlock(vocab=['a','b','c']), lambda o: ['a','b'][:1+len(o.name)%2]), create_vision_model(narrow18, 3, pretrained=False), loss_func=BCEWithLogitsLossFlat())
+    number = Learner(dls(RegressionBlock, lambda o: 1.), create_vision_model(narrow18, 1, pretrained=False), loss_func=MSELossFlat())
     pixels = Learner(dls(MaskBlock(['x','y']), lambda o: PILMask.create(np.zeros((64,64), dtype=np.uint8))), nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)), loss_func=CrossEntropyLossFlat(axis=1))
-    one = Learner(dls(CategoryBlock, label), create_vision_model(resnet18, 1, pretrained=False), loss_func=BCEWithLogitsLossFlat())
+    one = Learner(dls(CategoryBlock, label), create_vision_model(narrow18, 1, pretrained=False), loss_func=BCEWithLogitsLossFlat())
     for learn in (multi, number, pixels, one):
         f = learn.heatmap_stability(layer='0' if learn is pixels else None)
         assert f.each['gradcam flip'].shape==(6,1) and f.loc['gradcam','gini']>0, learn.loss_func

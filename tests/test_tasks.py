@@ -29,7 +29,7 @@ def task_dls(pics, *blocks, bs=4, **kwargs):
 
 
 def task_learner(pics, block, get_y, **kwargs):
-    return vision_learner(task_dls(pics, block, get_y=get_y), resnet18, pretrained=False, normalize=False, **kwargs)
+    return vision_learner(task_dls(pics, block, get_y=get_y), narrow18, pretrained=False, normalize=False, **kwargs)
 
 
 def valid(learn, k=0): return torch.cat([b[k] for b in learn.dls.valid]).as_subclass(Tensor)
@@ -244,7 +244,7 @@ codes = ['sky', 'red thing', 'blue thing']
 @pytest.fixture(scope='module')
 def seg(pics):
     "A U-Net that finds red and blue things everywhere, and never the sky"
-    learn = unet_learner(task_dls(pics, MaskBlock(codes), get_y=mask), resnet18, pretrained=False, normalize=False)
+    learn = unet_learner(task_dls(pics, MaskBlock(codes), get_y=mask), narrow18, pretrained=False, normalize=False)
     with torch.no_grad():
         out = learn.model.eval()(valid(learn)).as_subclass(Tensor)
         learn.model.layers[-2][0].bias += tensor([-100., (out[:,2]-out[:,1]).median(), 0.])
@@ -381,7 +381,7 @@ def test_segmentation_in_a_mask(seg):
 def test_segmentation_with_one_channel(pics):
     "Its logit speaks for the second code, and with a minus for the first"
     dls = task_dls(pics, MaskBlock(['nothing','thing']), get_y=on_off)
-    learn = unet_learner(dls, resnet18, pretrained=False, normalize=False, n_out=1, loss_func=BCEWithLogitsLossFlat(axis=1))
+    learn = unet_learner(dls, narrow18, pretrained=False, normalize=False, n_out=1, loss_func=BCEWithLogitsLossFlat(axis=1))
     hm,p = learn.get_heatmaps(cls=['nothing','thing'], relu=False),predicted(learn)[0]
     share = (p>.5).float().mean((1,2,3))
     assert (share>0).all() and (share<1).all()
@@ -543,7 +543,7 @@ def test_the_picture_must_come_first():
 def test_numbers_under_a_loss_of_ones_own(pics):
     "Float targets without a vocab are numbers, whatever the loss is"
     dls = DataBlock((ImageBlock, RegressionBlock), get_items=get_image_files, get_y=lambda f: 1.5, splitter=IndexSplitter(range(6)), item_tfms=Resize(64)).dataloaders(pics, bs=4, num_workers=0, device='cpu')
-    hm = vision_learner(dls, resnet18, pretrained=False, normalize=False, n_out=1, loss_func=lambda p,t: ((p.squeeze()-t)**2).mean()).get_heatmaps()
+    hm = vision_learner(dls, narrow18, pretrained=False, normalize=False, n_out=1, loss_func=lambda p,t: ((p.squeeze()-t)**2).mean()).get_heatmaps()
     assert hm.task=='numbers' and hm.title(0)[0][:2]==[f'0: {float(hm.preds[0,0]):.3g}', 'truth: 1.5']
 
 

@@ -229,7 +229,7 @@ def test_several_pictures_move_together():
 
 def test_numbers_keep_their_sign(pics):
     block = DataBlock((ImageBlock, RegressionBlock), get_items=get_image_files, get_y=lambda o: float(label(o)=='Red'), splitter=IndexSplitter(range(6)), item_tfms=Resize(64))
-    learn = vision_learner(block.dataloaders(pics, bs=4, num_workers=0, device='cpu'), resnet18, pretrained=False, normalize=False, n_out=1)
+    learn = vision_learner(block.dataloaders(pics, bs=4, num_workers=0, device='cpu'), narrow18, pretrained=False, normalize=False, n_out=1)
     learn.model[1][-1].weight.data = -learn.model[1][-1].weight.data.abs()
     hm = learn.get_heatmaps(tta=True)
     assert hm.task=='numbers' and hm.maps.max()<0 # what makes a number smaller is evidence, too
@@ -237,7 +237,7 @@ def test_numbers_keep_their_sign(pics):
 
 def test_points_are_refused(pics):
     block = DataBlock((ImageBlock, PointBlock), get_items=get_image_files, get_y=lambda o: tensor([[10.,20.]]), splitter=IndexSplitter(range(6)), item_tfms=Resize(64))
-    learn = vision_learner(block.dataloaders(pics, bs=4, num_workers=0, device='cpu'), resnet18, pretrained=False, normalize=False)
+    learn = vision_learner(block.dataloaders(pics, bs=4, num_workers=0, device='cpu'), narrow18, pretrained=False, normalize=False)
     learn.get_heatmaps()
     with pytest.raises(ValueError, match='^tta=True averages over mirrored images.*leave it out$'): learn.get_heatmaps(tta=True)
 
