@@ -138,7 +138,7 @@ def net_for(method, c=3):
     if method=='legrad':
         from timm.models.vision_transformer import VisionTransformer
         return VisionTransformer(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=c)
-    if method=='cam': return nn.Sequential(create_body(narrow18()), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, c)))
+    if method=='cam': return nn.Sequential(create_body(models.resnet18(weights=None)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, c)))
     return create_vision_model(narrow18, c, pretrained=False)
 
 

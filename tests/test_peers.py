@@ -35,7 +35,7 @@ def small(request, lite0):
     "For methods that run the model many times: a model, the name of an inner layer without negative values, a batch of small pictures, and a class for each"
     set_seed(3)
     if request.param=='efficientnet_lite0': return lite0[0], '0.2.1.0.bn1', F.interpolate(lite0[1]('cat', 'rocket'), (64,96), mode='bilinear'), [281, 540]
-    return create_vision_model(narrow18, 37, pretrained=False).eval(), '0.4', torch.randn(2, 3, 64, 96), [5, 36]
+    return create_vision_model(resnet18, 37, pretrained=False).eval(), '0.4', torch.randn(2, 3, 64, 96), [5, 36]
 
 
 def ours(model, xb, targs, method='gradcam', **kwargs):

@@ -144,7 +144,7 @@ def legrad(
     check_chain(model, seen, layers, said, *xb)
     with torch.enable_grad(): s = sum(probe.picked(probe.score_of(layers(o.mean(1)))) for o in seen.outs) # (n, k)
     res = []
-    for grads in each_gradient(s, seen.weights):
+    for grads in each_gradient(s, seen.weights, retain=probe.retain):
         keys = torch.stack([F.relu(g.float()).mean((1,2)) for g in grads]).mean(0) # (n, T)
         res.append(as_map(keys[...,None], probe.x)[:,0])
     return torch.stack(res, 1)
