@@ -82,11 +82,11 @@ def test_many_at_once(served, small, files, tmp_path):
 @pytest.mark.slow
 def test_costs(served, small, files, monkeypatch):
     "Another class of a photo costs a gradient, another opacity or a class again nothing, also where the map took many passes"
-    from fastai_heatmaps.core import passes
+    from fastai_heatmaps.core import hooks
     n = Counter()
     hook = small.model[0].register_forward_hook(lambda *args: n.update(body=1))
-    gradients = passes.gradients
-    monkeypatch.setattr(passes, 'gradients', lambda *args, **kwargs: n.update(backward=1) or gradients(*args, **kwargs))
+    gradients = hooks.gradients
+    monkeypatch.setattr(hooks, 'gradients', lambda *args, **kwargs: n.update(backward=1) or gradients(*args, **kwargs))
     def cost(*args):
         n.clear()
         served(new, *args)

@@ -3,8 +3,7 @@ import io, sys
 from conftest import *
 from test_no_trace import state, same
 from test_tasks import task_learner, task_dls, three_numbers, tags, mask
-from fastai_heatmaps.core import passes
-from fastai_heatmaps.methods import changed
+from fastai_heatmaps.core import hooks
 from fastai_heatmaps.data.images import to_images
 from fastai_heatmaps.learner.kept import Passes
 from fastai_heatmaps.learner.run import output_names
@@ -17,8 +16,8 @@ class Counts:
     def __init__(self, learn, monkeypatch):
         self.n = dict(body=0, head=0, backward=0)
         for i,k in enumerate(('body', 'head')): learn.model[i].register_forward_hook(partial(self.add, k))
-        gradients = passes.gradients
-        for module in (passes, changed): monkeypatch.setattr(module, 'gradients', lambda *args, **kwargs: self.add('backward') or gradients(*args, **kwargs))
+        gradients = hooks.gradients
+        monkeypatch.setattr(hooks, 'gradients', lambda *args, **kwargs: self.add('backward') or gradients(*args, **kwargs))
     def add(self, k, *args): self.n[k] += 1
     def __call__(self, f):
         "What `f()` costs: passes of the body, of the head, backward passes"

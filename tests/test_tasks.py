@@ -381,7 +381,7 @@ def test_segmentation_in_a_mask(seg):
 def test_segmentation_with_one_channel(pics):
     "Its logit speaks for the second code, and with a minus for the first"
     dls = task_dls(pics, MaskBlock(['nothing','thing']), get_y=on_off)
-    learn = unet_learner(dls, narrow18, pretrained=False, normalize=False, n_out=1, loss_func=BCEWithLogitsLossFlat(axis=1))
+    learn = unet_learner(dls, resnet18, pretrained=False, normalize=False, n_out=1, loss_func=BCEWithLogitsLossFlat(axis=1))
     hm,p = learn.get_heatmaps(cls=['nothing','thing'], relu=False),predicted(learn)[0]
     share = (p>.5).float().mean((1,2,3))
     assert (share>0).all() and (share<1).all()

@@ -130,7 +130,7 @@ def check_chain(
     if not _is_chain(layers, mean, said): raise _refused("this model's head is not a chain of layers")
 
 # %% ../../nbs/14_methods.attention.ipynb #117f5cb7
-@heatmap_method('legrad', needs='model', cost='1 forward, 1 backward', during=watched_blocks, of_class='yes')
+@heatmap_method('legrad', needs='model', cost='1 forward, 1 backward', during=watched_blocks, of_class='partly')
 def legrad(
     probe:Probe # Of a plain vision transformer
 ) -> Tensor: # (n, k, h, w)
