@@ -28,5 +28,6 @@ from .data.draw import lay_map as _lay_map
 _ours = [f for o in (_sys.modules[__name__], Learner, Heatmaps, Interpretation) for f in vars(o).values()
          if (_inspect.isfunction(f) or _inspect.isclass(f) and '__init__' in vars(f))
          and f.__module__.startswith('fastai_heatmaps.')]
+_explain_params(Learner.show_class_image, shared=[Learner.get_class_image]) # whose `seed` is another one than the report's
 _explain_params(*_ours, shared=[_lay_map, Heatmaps.show, Heatmaps.plot, Learner.get_heatmaps, Learner.show_heatmap,
-                              Learner.heatmap_report, Learner.get_class_image])
+                              Learner.heatmap_report])

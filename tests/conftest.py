@@ -23,7 +23,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Of the cases of a test, the quick way round takes the first and each fourth after it"
+    "Of the cases of a test, the quick way round takes the first and each fourth after it; the docs and notebooks run first, so that no process has a long one left when the others are done"
+    items.sort(key=lambda o: not o.name.startswith(('test_docs', 'test_notebook[')))
     cases = Counter()
     for o in items:
         if not hasattr(o, 'callspec') or o.get_closest_marker('slow'): continue
