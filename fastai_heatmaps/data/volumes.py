@@ -50,13 +50,16 @@ def find_slices(
     spacing=None # Of its voxels along each axis; None = the same along all
 ) -> Slices:
     "Find the slices that a user asks for"
-    spacing = tuple(spacing or (1,1,1))
-    if len(spacing)!=3 or min(spacing)<=0: raise ValueError(f"spacing is {spacing}; expected that of voxels in depth, height and width")
-    if slices in ('cross', 'montage', 'max'): return Slices(slices, strongest_point(m, size), tuple(size), spacing)
+    try: steps = (1,1,1) if spacing is None else tuple(map(float, spacing))
+    except (TypeError, ValueError): steps = ()
+    if len(steps)!=3 or not all(0<o<math.inf for o in steps):
+        raise ValueError(f"spacing is {spacing!r}; expected that of voxels in depth, height and width, three positive numbers")
+    if isinstance(slices, (np.ndarray, Tensor)): slices = tuple(slices.reshape(-1).tolist())
+    if slices in ('cross', 'montage', 'max'): return Slices(slices, strongest_point(m, size), tuple(size), steps)
     is_voxel = is_listy(slices) and len(slices)==3 and all(isinstance(o, (int, np.integer)) for o in slices)
     if not is_voxel or not all(0<=i<n for i,n in zip(slices, size)):
         raise ValueError(f"slices is {slices!r}; expected 'cross', 'montage', 'max', or a voxel (depth, height, width) inside {tuple(size)}")
-    return Slices('cross', tuple(slices), tuple(size), spacing)
+    return Slices('cross', tuple(slices), tuple(size), steps)
 
 # %% ../../nbs/28_data.volumes.ipynb #vo000013
 def cut(
@@ -101,11 +104,14 @@ def lay(
     places = panes(s)
     height,width = [max(e) for e in zip(*[(top+h, left+w) for _,_,top,left,h,w in places])]
     def px(v): return round(v*side/max(height, width))
-    res = torch.full((len(o), px(height), px(width)), torch.nan)
+    res = torch.full((len(o), max(px(height), 1), max(px(width), 1)), torch.nan)
+    def span(start, length, n): # at least one pixel, inside the sheet
+        a = min(px(start), n-1)
+        return slice(a, max(px(start+length), a+1))
     smooth = {} if mode=='nearest' else dict(antialias=True)
     for axis,at,top,left,h,w in places:
         part = project(o, axis) if s.how=='max' else cut(o, axis, at)
-        rows,cols = slice(px(top), max(px(top+h), px(top)+1)),slice(px(left), max(px(left+w), px(left)+1))
+        rows,cols = span(top, h, res.shape[1]),span(left, w, res.shape[2])
         spot = res[:,rows,cols]
         spot[:] = F.interpolate(part[None].float(), spot.shape[1:], mode=mode, **smooth)[0]
     return res

@@ -10,12 +10,13 @@ from fastai.vision.all import *
 from ..core.no_trace import no_trace
 from ..core.targets import class_indices, as_list
 from ..core.tasks import tasks
-from ..core.method import get_method
+from ..core.method import get_method, heatmap_methods
 from ..data.draw import color_scale, enlarged, wrap_title, new_panels
 from ..data.heatmaps import Heatmaps
 from ..learner.run import output_names
 import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
 from matplotlib.colors import to_rgb
+from numbers import Real
 from matplotlib.patches import Patch
 
 # %% ../../nbs/49_views.answer.ipynb #aw000006
@@ -46,14 +47,15 @@ def painted(
     evidence:Tensor, # (k, h, w)
     shown:list, # Places among the k that have a colour
     size:tuple, # Height and width of the picture
-    alpha:float # Opacity where the evidence is strongest: 0 to 1
+    alpha:float, # Opacity where the evidence is strongest: 0 to 1
+    strongest:float=None # Evidence that is painted so; None = the largest of these classes
 ) -> np.ndarray: # (H, W, 4)
     "Paint each pixel in the colour of its winner, as opaque as its evidence is strong"
     rest = [i for i in range_of(evidence) if i not in shown]
     maps = torch.cat([evidence[shown], evidence[rest].amax(0, keepdim=True)]) if rest else evidence[shown]
     top,won = enlarged(maps, size).max(0)
     colors = tensor([to_rgb(o) for o in [*_colors[:len(shown)], *[_gray]*bool(rest)]])
-    strength = (top/color_scale([top.clamp(min=0)])['vmax']).clamp(0, 1)
+    strength = (top/(strongest or color_scale([top.clamp(min=0)])['vmax'])).clamp(0, 1)
     return torch.cat([colors[won], alpha*strength[...,None]], 2).numpy()
 
 # %% ../../nbs/49_views.answer.ipynb #aw000014
@@ -75,6 +77,9 @@ def show_answer_map(self:Learner,
     **kwargs # For `get_heatmaps`, such as `tta=True`, and options of the method
 ): # The Axes
     "Show which class the model sees where in `img`: at each place the one with the most evidence, more opaque where there is more"
+    if method=='?': return heatmap_methods
+    if fixed := {'items', 'relu', 'topk', 'ds_idx', 'dl', 'out', 'run'} & {*kwargs}: raise TypeError(f"show_answer_map takes no {min(fixed)!r}")
+    if not isinstance(alpha, Real) or not 0<=alpha<=1: raise ValueError(f"alpha is {alpha!r}; expected a number, 0 to 1")
     f = get_method(method)
     if not f.at_layer or f.needs=='activations':
         raise ValueError(f"an answer map needs a method that looks at a layer and asks for a class, such as 'gradcam', not {f.name!r}")
@@ -85,13 +90,15 @@ def show_answer_map(self:Learner,
     if not tasks[hm.task].ranked: raise ValueError("this model gives numbers, and none of them is an answer: use show_gradcam")
     places = slice(None) if cls is None else class_indices(cls, hm.preds, hm.vocab)[0].tolist()
     if hm.vocab is None: places = slice(None) # they were all that was asked for
-    evidence,names = evidence_above(hm)[places],[hm.name(c) for c in hm.cls[0,places]]
-    best = winners(evidence, .03 if cls is None else 0)
+    above,names = evidence_above(hm),[hm.name(c) for c in hm.cls[0,places]]
+    evidence = above[places]
+    best = winners(evidence, .03 if cls is None else .005)
+    if cls is not None: best.sort() # the colours follow the order in which they were named
     img = hm.image(0)
     (h,w),fig = img.shape[-2:],None
-    if ctx is None: fig,((ctx,),) = new_panels(1, 1, min(4*w/h, 8)+1.6, min(4, 8*h/w)+.5, figsize)
+    if ctx is None: fig,((ctx,),) = new_panels(1, 1, min(4*w/h, 8)+1.6, max(min(4, 8*h/w)+.5, .2*len(best)+.7), figsize)
     show_image(img.float().mean(0), ctx=ctx, cmap='gray')
-    ctx.imshow(painted(evidence, [i for i,_ in best], (h,w), alpha), extent=ctx.images[0].get_extent())
+    ctx.imshow(painted(evidence, [i for i,_ in best], (h,w), alpha, float(above.max())), extent=ctx.images[0].get_extent())
     found,asked = tasks[hm.task].predicted(hm.preds[0]),hm.cls[0].tolist()
     if found in asked: wrap_title(ctx, *hm.title(0, asked.index(found)))
     parts = [Patch(color=c, label=f'{names[i]} {s:.0%}') for c,(i,s) in zip(_colors, best)]
