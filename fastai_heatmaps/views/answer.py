@@ -95,8 +95,8 @@ def show_answer_map(self:Learner,
     best = winners(evidence, .03 if cls is None else .005)
     if cls is not None: best.sort() # the colours follow the order in which they were named
     img = hm.image(0)
-    (h,w),fig = img.shape[-2:],None
-    if ctx is None: fig,((ctx,),) = new_panels(1, 1, min(4*w/h, 8)+1.6, max(min(4, 8*h/w)+.5, .2*len(best)+.7), figsize)
+    h,w = img.shape[-2:]
+    if ctx is None: _,((ctx,),) = new_panels(1, 1, min(4*w/h, 8)+1.6, max(min(4, 8*h/w)+.5, .2*len(best)+.7), figsize)
     show_image(img.float().mean(0), ctx=ctx, cmap='gray')
     ctx.imshow(painted(evidence, [i for i,_ in best], (h,w), alpha, float(above.max())), extent=ctx.images[0].get_extent())
     found,asked = tasks[hm.task].predicted(hm.preds[0]),hm.cls[0].tolist()
