@@ -211,13 +211,17 @@ def with_bar(
 # %% ../../nbs/06_core.passes.ipynb #561e33aa
 @contextmanager
 def clear_errors():
-    "Explain in a ValueError what to do where the images have the wrong number of channels"
+    "Explain in a ValueError what to do where the images have the wrong number of channels, or the wrong size"
     try: yield
     except RuntimeError as e:
         chans = re.search(r'to have (\d+) channels, but got (\d+)', str(e))
-        if not chans: raise
-        raise ValueError(f"the images have {chans[2]} channels and the model takes {chans[1]}: "
-                         f"convert the images, or make the model with n_in={chans[2]}") from e
+        if chans:
+            raise ValueError(f"the images have {chans[2]} channels and the model takes {chans[1]}: "
+                             f"convert the images, or make the model with n_in={chans[2]}") from e
+        sizes = re.search(r'shapes cannot be multiplied \(\d+x(\d+) and (\d+)x', str(e))
+        if not sizes: raise
+        raise ValueError(f"a linear layer of the model gets {sizes[1]} numbers and takes {sizes[2]}: "
+                         "the model is made for images of another size: take the one that it was trained with") from e
 
 # %% ../../nbs/06_core.passes.ipynb #ps000008
 class Pass:
