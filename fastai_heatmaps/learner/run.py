@@ -34,30 +34,26 @@ def _set_state(o, state): # as `pickle` does, but without asking `o` for `__sets
     for k,v in (slots or {}).items(): object.__setattr__(o, k, v)
 
 class _Copier(pickle.Pickler):
-    "Copy an object and all that it holds, by pickling it; what is not copied is pickled as its place in a list, `places`"
+    "Copy an object and all that it holds, by pickling it; what is not copied is pickled as its place in a list"
     def __init__(self,
-        known, # id of an object -> what takes its place
+        known, # Pairs of an object and what takes its place
         shared # Types of which nothing is copied
     ):
         self.file = BytesIO()
         super().__init__(self.file, protocol=5)
-        self.known,self.shared = dict(known),shared
-        self.places = []
-        self.kept = []
+        self.places,self.pairs,self.shared = {},[],shared # id of an object -> where it is among the pairs
+        for o,res in known: self.put(o, res)
 
-    def keep(self, o, res): # let `res` take the place of `o`
-        self.known[id(o)] = res
-        self.kept.append(o) # so that nothing else gets its id
-        return res
+    def put(self, o, res): # let `res` take the place of `o`, which is kept, so that nothing else gets its id
+        self.places[id(o)] = len(self.pairs)
+        self.pairs.append((o, res))
 
     def persistent_id(self, o): # asked by `pickle` for each object; None = it is pickled, and so copied
         if type(o) in (int, float, bool, str, bytes, type(None)): return
-        if id(o) in self.known: res = self.known[id(o)]
-        elif isinstance(o, self.shared): res = o
-        elif isinstance(o, Tensor): res = self.keep(o, self.tensor(o))
-        else: return
-        self.places.append(res)
-        return len(self.places)-1
+        if id(o) not in self.places:
+            if isinstance(o, self.shared): self.put(o, o)
+            elif isinstance(o, Tensor): self.put(o, self.tensor(o))
+        return self.places.get(id(o))
 
     def tensor(self, o): # a copy without graph
         res = o.detach().clone()
@@ -67,7 +63,9 @@ class _Copier(pickle.Pickler):
         if isinstance(o, MethodType): return MethodType,(o.__func__, o.__self__)
         try: res = o.__reduce_ex__(5)
         except Exception: res = ''
-        if isinstance(res, str): return noop,(self.keep(o, o),) # it is known by its name, or cannot be copied
+        if isinstance(res, str): # it is known by its name, or cannot be copied
+            self.put(o, o)
+            return noop,(o,)
         has_state = len(res)>2 and res[2] is not None
         return (*res, None, None)[:5] + (_set_state,) if has_state else res
 
@@ -75,7 +73,7 @@ class _Copier(pickle.Pickler):
         with torch.inference_mode(False), torch.no_grad(): self.dump(o)
         self.file.seek(0)
         load = pickle.Unpickler(self.file)
-        load.persistent_load = self.places.__getitem__
+        load.persistent_load = lambda i: self.pairs[i][1]
         return load.load()
 
 # %% ../../nbs/30_learner.run.ipynb #rn000020
@@ -89,9 +87,8 @@ def _origin(cb): return vars(cb).get('copy_of', cb)
 def _copy_callbacks(cbs, learn, run): # for `run`, the shadow of `learn`
     copies,origins = [copy(cb) for cb in cbs],[_origin(cb) for cb in cbs]
     model = learn.model
-    known = {id(o):o for o in (*model.modules(), *model.parameters(), *model.buffers(), *learn.metrics, learn.loss_func, *origins)}
-    known[id(learn)] = run
-    known.update({id(cb):o for cb,o in zip(cbs, copies)})
+    same = *model.modules(),*model.parameters(),*model.buffers(),*learn.metrics,learn.loss_func,*origins
+    known = [*zip(same, same), *zip(cbs, copies), (learn, run)]
     def fill(is_acting, shared): # the copies of the callbacks that act in our events, or of those that do not
         group = [(cb,o) for cb,o in zip(cbs, copies) if any(hasattr(cb, e) for e in _events) is is_acting]
         states = _Copier(known, shared)([_state(cb) for cb,_ in group]) # together, since they may share what they hold
