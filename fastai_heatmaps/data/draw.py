@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['styles', 'color_scale', 'styled', 'enlarged', 'half_line', 'lay_map', 'color_words', 'add_bar', 'show_overlay',
-           'regions', 'draw_boxes', 'wrap_title', 'name_row', 'show_scales', 'new_panels', 'as_png']
+           'regions', 'draw_boxes', 'wrap_title', 'title_height', 'name_row', 'show_scales', 'new_panels', 'as_png',
+           'figure_pixels']
 
 # %% ../../nbs/22_data.draw.ipynb #dr000003
 from fastai.vision.core import *
@@ -12,6 +13,7 @@ from fastai.vision.data import *
 from fastai.basics import *
 from ..core.no_trace import no_trace
 from .volumes import windowed, as_sheet, find_slices, lay
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import interpolations_names
@@ -226,6 +228,13 @@ def wrap_title(
     text = '\n'.join(o for l in lines for o in _wrap(l, width, size))
     ax.set_title(text, fontsize=size, color=color, parse_math=False)
 
+# %% ../../nbs/22_data.draw.ipynb #dr000066
+def title_height(
+    titles # Each a list of lines, as for `wrap_title`
+) -> float: # Inches, for two lines at least
+    "Guess how high the longest of `titles` gets above a panel of two inches"
+    return .17*max(2, *(sum(1+len(o)//20 for o in lines) for lines in titles))
+
 # %% ../../nbs/22_data.draw.ipynb #dr000063
 def name_row(
     ax, # The first Axes of the row
@@ -279,3 +288,12 @@ def as_png(
     fig.savefig(buf, format='png', bbox_inches='tight', **kwargs)
     plt.close(fig)
     return buf.getvalue()
+
+# %% ../../nbs/22_data.draw.ipynb #dr000064
+def figure_pixels(
+    fig # A matplotlib Figure
+) -> np.ndarray: # uint8 (H, W, 4)
+    "Draw `fig`, and give its pixels"
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())

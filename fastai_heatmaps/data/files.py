@@ -11,10 +11,9 @@ from fastai.basics import *
 from ..core.no_trace import no_trace
 from .drawn import drawn_by, is_drawn
 from .photo import photo_strips, on_photo
-from .draw import styled, enlarged, half_line
+from .draw import styled, enlarged, half_line, figure_pixels
 from .heatmaps import Heatmaps
 from .. import __version__
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from filelock import FileLock, Timeout # which comes with torch
 from itertools import count
 from uuid import uuid4
@@ -149,14 +148,13 @@ def _draw_line(pic, m, scale, interpolation): # the line of `half_line` round wh
     (w,h),dpi = pic.size,max(pic.height/4, 80)
     rows = min(h, max(2**20//w, 1))
     fig = plt.Figure(((w+.1)/dpi, (rows+.1)/dpi), dpi=dpi)
-    canvas,ax = FigureCanvasAgg(fig),fig.add_axes([0, 0, 1, 1])
+    ax = fig.add_axes([0, 0, 1, 1])
     fig.patch.set_alpha(0)
     ax.set_axis_off()
     half_line(ax, m.float(), (0, w, h, 0), interpolation=interpolation, **scale)
     for top in range(0, h, rows):
         ax.set(xlim=(0, w), ylim=(top+rows, top))
-        canvas.draw()
-        line = Image.fromarray(np.asarray(canvas.buffer_rgba())[:h-top])
+        line = Image.fromarray(figure_pixels(fig)[:h-top])
         pic.paste(line, (0, top), line)
 
 # %% ../../nbs/24_data.files.ipynb #6be3598c

@@ -11,6 +11,7 @@ from ..core.no_trace import unwrap
 from ..core.layers import map_shapes, layer_names
 from ..core.method import get_method
 from ..data.images import to_images
+from ..data.draw import styles
 from ..learner.run import shadow, output_names
 from ..learner.kept import Passes, class_menu, method_menu, error_line
 from html import escape
@@ -88,7 +89,7 @@ def explore_heatmaps(self:Learner,
     cls=None, # The class to begin with: a name or an index; None = the predicted one; 'targ' = the image's own label
     method='gradcam', # The method to begin with: a name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # The layer to begin with: a module, or its name; None = the body, or the last layer with a map
-    alpha=0.7, # The opacity of the map to begin with, at the ends of its scale: 0 to 1
+    alpha=styles['fade']['alpha'], # The opacity of the map to begin with, at the ends of its scale: 0 to 1
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
     input:int=0 # Which of the model's inputs is explained and shown, where it takes several
 ): # A widget
