@@ -2,7 +2,9 @@
 
 One small model of each family, with random weights, whose batch norms have seen the pictures, as in any trained model: without that, what a place
 holds fades with depth in tiny_vit and some others. A bright square is put at nine places of a grey picture; where the layer's output differs most from
-that of the other places, there the map shows it. So this judges whether each cell is where it is drawn, and not what a trained model would find."""
+that of the other places, there the map shows it. So this judges whether each cell is where it is drawn, and not what a trained model would find.
+In nets of convolutions alone, whose cells are in their places by the way they are made, random weights may blur the last map: of lcnet and spnasnet 6
+squares were right, and 8 after 40 steps of training."""
 import re, sys, time, warnings
 import timm, torch
 from fastcore.script import call_parse
