@@ -4,9 +4,10 @@ os.environ['OMP_NUM_THREADS'] = '1' # the tests run in one process a core; so do
 os.environ |= {f'MALLOC_{o}_THRESHOLD_': str(2**30) for o in ('TRIM', 'MMAP')} # glibc gives memory back after each pass of a model else
 import matplotlib
 matplotlib.use('Agg')
-import ctypes, gc, subprocess, sys, numpy as np, pytest, torch
+import ctypes, gc, sys, numpy as np, pytest, torch
 from collections import Counter
-from functools import cache
+import forked as fork_server
+ask,answers = fork_server.start() # before this package is imported
 from fastai.vision.all import *
 from fastai_heatmaps.all import *
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -93,21 +94,14 @@ def pic_learner(pics, arch=narrow18, bs=4, loss_func=None, cbs=None, **kwargs):
     return vision_learner(dls, arch, pretrained=False, normalize=False, loss_func=loss_func, metrics=accuracy, cbs=cbs)
 
 
-@cache # fixtures are made anew for each module that imports them
-def _fork_server():
-    tests = Path(__file__).parent
-    return subprocess.Popen([sys.executable, tests/'forked.py'], cwd=tests.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 @pytest.fixture(scope='session')
 def forked(tmp_path_factory):
     "Runs a notebook, as `nbdev-test` does, or a script, or code, in a process of its own where fastai is imported already: gives its exit code, and what it prints"
-    p = _fork_server()
     def run(what, *args):
         path = tmp_path_factory.mktemp('forked')
         if '\n' in str(what): (path/'script.py').write_text(what, 'utf-8')
-        print(path/'log', path/'script.py' if '\n' in str(what) else what, *args, sep='\t', file=p.stdin, flush=True)
-        return int(p.stdout.readline()), (path/'log').read_text('utf-8')
+        print(path/'log', path/'script.py' if '\n' in str(what) else what, *args, sep='\t', file=ask, flush=True)
+        return int(answers.readline()), (path/'log').read_text('utf-8')
     return run
 
 
