@@ -18,7 +18,8 @@ root = Path(__file__).absolute().parents[1]
 sys.path.insert(0, str(root/'tools'))
 from reference import PUBLIC,receivers,reference,tidy
 
-nbs = get_config(root).nbs_path
+cfg = get_config(root)
+nbs = cfg.nbs_path
 quarto_only = 'FrontmatterProc','clean_show_doc','add_fold'
 
 def page(fn):
@@ -54,7 +55,7 @@ def outputs(c):
     return [o for o,d in zip(c.outputs, ds) if not (pics and list(d)==['text/plain'])]
 
 def documented(md):
-    "What show_doc says, without a rule and a source link (there's no git_url)"
+    "What show_doc says, without a rule and a source link"
     # the name as code, or the underscores of `__call__` make it bold
     md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.replace('__main__.', '')))
     params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
@@ -73,6 +74,20 @@ def clean(c, link):
         c = mk_cell(documented(''.join(''.join(o['data']['text/markdown']) for o in c.outputs)), 'markdown')
     md = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()', r'[\1]', c.source) # nbdev links a name that is in a link already
     return mk_cell(papers(re.sub(r'(?<=\]\()[^)\s]+', lambda m: link(m[0]), md)), c.cell_type)
+
+def badge(md, url):
+    "`md` with a badge below its title that tells whether the tests pass at `url`"
+    tests = f'{url}/actions/workflows/test.yml'
+    return md.replace('\n\n', f'\n\n[![Tests]({tests}/badge.svg)]({tests})\n\n', 1) if url else md
+
+def colab(md, fn, url):
+    "`md`, the first cell of the notebook `fn`, with a link below its title and summary that opens it in Colab, from the repository at `url`"
+    if 'github.com/' not in url or fn.stem=='teachers': return md # no code there
+    there = url.replace('github.com', 'colab.research.google.com/github') + '/blob/main/' + fn.relative_to(root).as_posix()
+    head,_,rest = md.partition('\n\n> ')
+    said,_,rest = rest.partition('\n\n')
+    how = f'[Open in Colab]({there}), and begin there with `%pip install "fastai_heatmaps[demo] @ git+{url}"`.'
+    return '\n\n'.join(filter(None, [f'{head}\n\n> {said}', how, rest]))
 
 def prep(fn, link):
     "Notebook `fn` after nbdev's docs processing and `clean`"
@@ -95,7 +110,7 @@ def readme(dest):
     nb = StringIO(nb2str(prep(pages['index'], link)))
     md,res = MarkdownExporter().from_file(nb, dict(unique_key='README', output_files_dir='README_files'))
     md = re.sub(r'\n( *\n){2,}', '\n\n', re.sub(r'!\[(png|jpeg)\]', '![Output]', md)).strip() + '\n'
-    FilesWriter(build_directory=str(dest)).write(md, res, notebook_name='README')
+    FilesWriter(build_directory=str(dest)).write(badge(md, cfg.git_url), res, notebook_name='README')
 
 def link(u, guide):
     "Address `u` as Sphinx knows it; in a guide, names lead to the reference, and elsewhere to the notebook that defines them"
@@ -123,6 +138,9 @@ def site(dest):
     shutil.rmtree(dest, ignore_errors=True)
     src = Path(shutil.copytree(nbs, dest/'src', ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '[._]*')))
     books = {p: prep(fn, partial(link, guide=p not in groups['Internals'])) for p,fn in pages.items()}
+    for p in groups['Tutorials']:
+        c = books[p].cells[0]
+        c.source = colab(c.source, pages[p], cfg.git_url)
     for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, partial(link, guide=False)) for c in cells])
     for p in {*books}-{*groups['Internals']}:
         for c in books[p].cells:
