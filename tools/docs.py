@@ -1,7 +1,8 @@
 "Build the docs site, or README.md, from nbs/: cells as nbdev prepares them for its docs, outputs as stored in the notebooks."
 import os,re,shutil,sys,yaml
+from base64 import b64decode
 from functools import partial
-from io import StringIO
+from io import BytesIO,StringIO
 from pathlib import Path
 
 from fastcore.nbio import dict2nb,mk_cell,nb2str
@@ -12,6 +13,7 @@ from nbconvert.writers import FilesWriter
 from nbdev.config import get_config,nbpath2html
 from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
+from PIL import Image
 from sphinx.cmd.build import main as sphinx_build
 
 root = Path(__file__).absolute().parents[1]
@@ -129,6 +131,11 @@ def named(md):
     name = r'(?<!\[)`(?:(learn|interp|hm)\.)?(\w+)(?:\([^`]*\))?`(?!\])'
     return ''.join(o if i%2 else re.sub(name, to, o) for i,o in enumerate(parts))
 
+def width(out):
+    "Of the picture in the output `out`, in pixels; 0 if there is none"
+    data = [v for k,v in out.get('data', {}).items() if k in ('image/png', 'image/jpeg')]
+    return Image.open(BytesIO(b64decode(''.join(data[0])))).width if data else 0
+
 def toctree(caption, names):
     "A group of the sidebar"
     return mk_cell('\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```']), 'markdown')
@@ -145,6 +152,9 @@ def site(dest):
     for p in {*books}-{*groups['Internals']}:
         for c in books[p].cells:
             if c.cell_type=='markdown': c.source = named(c.source)
+    for p in {*books}-{'index'}:
+        for c in books[p].cells:
+            if max(map(width, c.get('outputs', [])), default=0)>580: c.metadata = dict(mystnb=dict(image=dict(classes='wide')))
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
     toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])
