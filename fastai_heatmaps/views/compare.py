@@ -100,9 +100,9 @@ def compare_heatmaps(self:Learner,
     layer=None, # As in `get_heatmaps`, for the methods that look at one; or a list: one row each
     relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     transpose:bool=False, # One column for each method or layer, and a row for each class?
-    same_scale:bool=False, # One scale for the classes of a method or layer?
-    colorbar:bool=False, # Show the scale beside the maps?
-    figsize:tuple=None, # In inches; panels of one class fill it, in as many rows as make them largest
+    same_scale=False, # One scale for the classes of a method or layer?
+    colorbar=False, # Show the scale beside the maps?
+    figsize=None, # In inches; panels of one class fill it, in as many rows as make them largest
     topk:int=1, # How many of the most likely classes, if `cls` is None
     bs:int=None, # How many changed images are run at once, for the methods that change them; None = 64, or 16 on a CPU
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
@@ -233,9 +233,9 @@ def compare_learners(
     layer=None, # As in `get_heatmaps`; None = the body of each, or its last layer with a map
     relu:bool=None, # Keep evidence for the class only? If not, red is for it and blue against; None = yes for classes, no for numbers
     difference:bool=False, # Add a third row to two models of the same classes, second minus first: red is more in the second, blue in the first
-    same_scale:bool=False, # One scale for the maps of a row?
-    colorbar:bool=False, # Show the scale beside the maps?
-    figsize:tuple=None, # In inches
+    same_scale=False, # One scale for the maps of a row?
+    colorbar=False, # Show the scale beside the maps?
+    figsize=None, # In inches
     **kwargs # For `get_heatmaps` and the method; `cmap` is not of the difference
 ): # An array of Axes, rows × columns
     "Show what several models see in the same images: a row each, titled with that model's own prediction"
