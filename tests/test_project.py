@@ -108,6 +108,7 @@ def test_docs_build_strictly(forked):
         hits = [o for k in ('terms', 'titleterms') if (o := found[k].get(stem)) is not None]
         return {found['docnames'][i] for o in hits for i in (o if isinstance(o, list) else [o])}
     assert 'howto/colours' in pages_with('transpar') & pages_with('threshold') and 'howto/several_gpus' in pages_with('gpu') & pages_with('gpus')
+    assert ['class="wide"' in pages[f'{o}.html'] for o in ('index', 'tour')]==[False, True] # figures that keep their size on a small screen
     assert '<math' in pages['trust.focus.html'] and 'https://arxiv.org/abs/1610.02391' in pages['reference/learner.html']
 
 

@@ -1,6 +1,7 @@
 "Build the docs site, or README.md, from nbs/: cells as nbdev prepares them for its docs, outputs as stored in the notebooks."
 import os,re,shutil,sys,yaml
 from base64 import b64decode
+from configparser import ConfigParser
 from functools import partial
 from importlib import import_module
 from io import BytesIO,StringIO
@@ -23,8 +24,10 @@ root = Path(__file__).absolute().parents[1]
 sys.path.insert(0, str(root/'tools'))
 from reference import PUBLIC,receivers,reference,tidy
 
-cfg = get_config(root)
-nbs = cfg.nbs_path
+nbs = get_config(root).nbs_path
+ini = ConfigParser(delimiters='=')
+ini.read(root/'settings.ini', 'utf-8')
+url = ini['DEFAULT']['git_url']
 left_out = 'FrontmatterProc','clean_show_doc','add_fold','exec_show_docs' # the first three are for Quarto; the last would run lessons again
 
 def page(fn):
@@ -60,7 +63,7 @@ def outputs(c):
     return [o for o,d in zip(c.outputs, ds) if not (pics and list(d)==['text/plain'])]
 
 def documented(md):
-    "What show_doc says, without a rule and a source link"
+    "What show_doc says, without a rule and a source link (there's no git_url for nbdev)"
     # the name as code, or the underscores of `__call__` make it bold
     md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.partition('\n\nParameters:\n')[0]))
     params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
@@ -117,7 +120,7 @@ def readme(dest):
     nb = StringIO(nb2str(prep(pages['index'], link)))
     md,res = MarkdownExporter().from_file(nb, dict(unique_key='README', output_files_dir='README_files'))
     md = re.sub(r'\n( *\n){2,}', '\n\n', re.sub(r'!\[(png|jpeg)\]', '![Output]', md)).strip() + '\n'
-    FilesWriter(build_directory=str(dest)).write(badge(md, cfg.git_url), res, notebook_name='README')
+    FilesWriter(build_directory=str(dest)).write(badge(md, url), res, notebook_name='README')
 
 def link(u, guide):
     "Address `u` as Sphinx knows it; in a guide, names lead to the reference, and elsewhere to the notebook that defines them"
@@ -152,7 +155,7 @@ def site(dest):
     books = {p: prep(fn, partial(link, guide=p not in groups['Internals'])) for p,fn in pages.items()}
     for p in groups['Tutorials']:
         c = books[p].cells[0]
-        c.source = colab(c.source, pages[p], cfg.git_url)
+        c.source = colab(c.source, pages[p], url)
     for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, partial(link, guide=False), {}) for c in cells])
     for p in {*books}-{*groups['Internals']}:
         for c in books[p].cells:
