@@ -376,18 +376,32 @@ def test_a_learner_of_volumes(scan_learn, scans):
     torch.testing.assert_close(scan_learn.get_heatmaps(method='saliency').maps.shape, torch.Size([5,1,8,16,16]))
 
 
-@pytest.mark.parametrize('kind', ['a function', 'pairs', 'arrays'])
+@pytest.mark.parametrize('kind', ['a function', 'pairs', 'arrays', 'arrays to the end'])
 def test_items_of_any_kind(kind, scans):
     "Opened by a function, or in memory beside their labels; as the dataset has them, or as they come out of it"
     x = [load_scan(o) for o in scans]
     labels = [label(o) for o in scans]
     if kind=='a function': learn,items = scan_learner(TransformBlock(type_tfms=load_scan), scans, label),scans
     else:
-        items = list(zip([o.numpy() for o in x] if kind=='arrays' else x, labels))
+        items = list(zip([o.numpy() for o in x] if 'arrays' in kind else x, labels))
         learn = scan_learner(TransformBlock(type_tfms=tensor if kind=='arrays' else None), items, ItemGetter(1), get_x=ItemGetter(0))
     want,_ = model_heatmaps(learn.model, x[0][None], cls=1)
-    ways = [items[0], x[0], (x[0], 'b'), learn.dls.valid_ds[0]] + ([x[0].numpy()] if kind=='arrays' else [])
+    ways = [items[0], x[0], (x[0], 'b'), learn.dls.valid_ds[0], (x[0].numpy(), 'b')]
+    if kind!='arrays to the end': ways.append(x[0].numpy().astype('float64')) # which fastai makes float32 where it makes a tensor
     for item in ways: torch.testing.assert_close(learn.get_heatmaps([item], cls=1).maps, want)
+
+
+def test_volumes_with_other_axes(scan_learn, scans):
+    "Without channels or a batch, or a batch in place of one: one line that says what the model takes"
+    x = torch.stack([load_scan(o) for o in scans[:2]])
+    for wrong in (x[0,0], x[0,0].numpy(), x):
+        with pytest.raises(ValueError, match=r'takes volumes \(n, C, D, H, W\), and this batch is \(1, ') as e: scan_learn.show_gradcam(wrong)
+        assert '\n' not in str(e.value)
+    for wrong in (x[0], x[:,0], x[None]):
+        with pytest.raises(ValueError, match='takes volumes|expected a batch'): model_heatmaps(ResNet3d().eval(), wrong)
+    with pytest.raises(ValueError, match=r'takes pictures \(n, C, H, W\)'): model_heatmaps(narrow18(), torch.randn(1, 3, 4, 32, 32))
+    learn = scan_learner(TransformBlock(), list(zip(x.repeat(6,1,1,1,1), 'abcd'*3)), ItemGetter(1), get_x=ItemGetter(0))
+    with pytest.raises(ValueError, match='give the model a tuple, and no tensor'): learn.show_gradcam('scan.npy')
 
 
 def test_plain_loaders(scans):
