@@ -479,6 +479,35 @@ def test_grey_values():
     assert windowed(torch.ones(1, 2, 2, 2)).isfinite().all()
 
 
+def test_pictures_of_slices_are_saved(tmp_path):
+    "As `show` draws them, with slices of these proportions"
+    hm = one_scan(torch.rand(1, 4, 8, 16), torch.rand(1, 4, 8, 16))
+    hm.save(tmp_path, slices=(0,2,3), spacing=(3,1,1))
+    h,w = hm.image(0, (0,2,3), (3,1,1)).shape[1:]
+    assert {Image.open(o).size for o in tmp_path.glob('*.png')}=={(w,h)}
+    over = np.array(Image.open(first(tmp_path.glob('*-overlay.png'))))
+    pic,maps = hm.view(0, slices=(0,2,3), spacing=(3,1,1))
+    free = maps[0].nan_to_num(1).abs().numpy()<.02 # there the volume shows as it is
+    assert free.sum()>50 and np.abs(over/255-pic.permute(1, 2, 0).numpy())[free].max()<.05
+
+
+def test_a_map_goes_with_its_image():
+    vol,pic,m = torch.rand(1, 4, 8, 8),torch.rand(3, 8, 8),torch.rand(2, 4, 4)
+    for img,o in ((vol, m[0]), (pic, m)):
+        with pytest.raises(ValueError, match=r'expected a map \(h, w\) of a picture') as e: show_overlay(img, o)
+        assert '\n' not in str(e.value)
+    show_overlay(vol, m)
+    show_overlay(pic, m[0])
+
+
+def test_slices_are_of_volumes(learn, pics, tmp_path):
+    hm = learn.get_heatmaps(get_image_files(pics)[:1])
+    for kw in (dict(slices='montage'), dict(spacing=(1,2,3)), dict(slices=np.array([1,2,3])), dict(slices='max', on='original')):
+        for f in (hm.show, hm.plot, partial(hm.save, tmp_path/'none')):
+            with pytest.raises(ValueError, match='slices and spacing are for volumes'): f(**kw)
+    assert not (tmp_path/'none').exists()
+
+
 @pytest.mark.slow
 def test_all_figures(scan_learn, tmp_path):
     hm = scan_learn.get_heatmaps(cls=['a','c'])
