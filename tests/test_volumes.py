@@ -3,7 +3,8 @@ By hand where that is short; elsewhere a method must not care which axis comes f
 import pytest
 from conftest import *
 from fastai_heatmaps.core.layers import as_map
-from fastai_heatmaps.data.volumes import find_slices, lay
+from fastai_heatmaps.data.volumes import find_slices, lay, strongest_point
+from fastai_heatmaps.views.explore import _png
 
 size = 4,6,8 # of the small volumes, each side another one
 options = {'smooth_gradcam++': dict(n=2, noise=0), 'smoothgrad': dict(n=2, noise=0), 'integrated_gradients': dict(steps=3), 'occlusion': dict(window=2, stride=1), 'scorecam': dict(channels=3)}
@@ -529,6 +530,24 @@ def test_what_is_for_pictures_says_so(scan_learn):
                     (scan_learn.heatmap_focus, 'pictures')):
         with pytest.raises(ValueError, match=match) as e: f()
         assert '\n' not in str(e.value)
+
+
+def test_explore_slices(scan_learn, scans):
+    "A slider moves the slice across the depth, from the strongest point on, and stays where it is; the two others go through the strongest point of the class"
+    pytest.importorskip('ipywidgets')
+    ui = scan_learn.explore_heatmaps(scans[0], 'a', spacing=(2,1,1))
+    classes,*_,depth = ui.children[0].children
+    pic,hms = ui.children[2],scan_learn.get_heatmaps(scans[0], cls=['a','b'])
+    def drawn(j, d):
+        hm = hms.replace(maps=hms.maps[:,j:j+1], cls=hms.cls[:,j:j+1])
+        _,*rest = strongest_point(hm.maps[0][0], (8,16,16))
+        return _png(hm, hm.image(0, (d,*rest), (2,1,1)), .7)
+    at,*_ = strongest_point(hms.maps[0][0], (8,16,16))
+    assert (depth.value,depth.min,depth.max)==(at,0,7) and pic.value==drawn(0, at)
+    depth.value = (at+3)%8
+    assert pic.value==drawn(0, (at+3)%8)!=drawn(0, at)
+    classes.value = 1
+    assert depth.value==(at+3)%8 and pic.value==drawn(1, (at+3)%8)
 
 
 @pytest.mark.slow
