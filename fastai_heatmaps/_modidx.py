@@ -227,6 +227,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_heatmaps/core/layers.py'),
                                              'fastai_heatmaps.core.layers._has': ( 'core.layers.html#_has',
                                                                                    'fastai_heatmaps/core/layers.py'),
+                                             'fastai_heatmaps.core.layers._loses_places': ( 'core.layers.html#_loses_places',
+                                                                                            'fastai_heatmaps/core/layers.py'),
                                              'fastai_heatmaps.core.layers._noisy': ( 'core.layers.html#_noisy',
                                                                                      'fastai_heatmaps/core/layers.py'),
                                              'fastai_heatmaps.core.layers._pair_skew': ( 'core.layers.html#_pair_skew',

@@ -1,6 +1,6 @@
 """Volumes (n, C, D, H, W): each method by its formula along three axes, the layers of 3-D nets, a Learner of volumes, and how they are drawn.
 By hand where that is short; elsewhere a method must not care which axis comes first, and a volume of one slice must have the map of a picture."""
-import pytest
+import pytest, warnings
 from conftest import *
 from fastai_heatmaps.core.layers import as_map
 from fastai_heatmaps.data.volumes import find_slices, lay, strongest_point
@@ -283,6 +283,19 @@ def test_two_volumes():
     v,p = torch.randn(2, 1, 8, 8, 8),torch.randn(2, 1, 16, 16)
     model = Two().eval()
     assert model_heatmaps(model, (v,p))[0].shape==(2,1,4,4,4) and model_heatmaps(model, (v,p), input=1)[0].shape==(2,1,8,8)
+
+
+def test_a_video_transformer_without_a_map_is_doubted():
+    "In an MViT tokens attend to all places after the last map; a 3-D ResNet raises no doubt"
+    from torchvision.models.video.mvit import MViT, MSBlockConfig
+    block = dict(num_heads=1, kernel_q=[3]*3, kernel_kv=[3]*3, stride_kv=[1,2,2])
+    blocks = [MSBlockConfig(input_channels=16, output_channels=16 if s==1 else 32, stride_q=[1,s,s], **block) for s in (1,2)]
+    blocks.append(MSBlockConfig(input_channels=32, output_channels=32, stride_q=[1]*3, **block))
+    model = MViT(spatial_size=(32,32), temporal_size=4, block_setting=blocks, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True, proj_after_attn=True, num_classes=3)
+    with pytest.warns(UserWarning, match='attend to all places of the volume'): default_layer(model, torch.randn(1, 3, 4, 32, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert default_layer(ResNet3d().eval(), torch.randn(1, 1, 8, 8, 8)) is not None
 
 
 # ---- the evidence lies where it is known to be
