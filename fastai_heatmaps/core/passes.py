@@ -289,7 +289,7 @@ class Pass:
 
     def explain(self, method, idxs, relu=None):
         "Give the maps (n, k, h, w) of the classes `idxs` by a `Method`, float32 on the CPU; and what it reports, name -> (n, k)"
-        if method.by_gradients: warn_if_saturated(self.scores if self.score else self.pred, idxs)
+        if method.by_gradients and self.task.ranked: warn_if_saturated(self.scores if self.score else self.pred, idxs)
         (maps,*others),infos = zip(*[ran.ask(method, idxs) for ran in (self, *self.moved)])
         if others: maps = mean_of_views(maps, others, self.x.shape[-2:])
         info = {k:torch.stack([o[k] for o in infos]).mean(0) for k in infos[0]}
