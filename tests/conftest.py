@@ -1,9 +1,10 @@
 "What the tests share: a small Learner on pictures made on the spot, and the pretrained demo Learner."
 import os
 os.environ['OMP_NUM_THREADS'] = '1' # the tests run in one process a core; so do the processes that they start, which would wait for each other else
+os.environ |= {f'MALLOC_{o}_THRESHOLD_': str(2**30) for o in ('TRIM', 'MMAP')} # glibc gives memory back after each pass of a model else
 import matplotlib
 matplotlib.use('Agg')
-import gc, subprocess, sys, numpy as np, pytest, torch
+import ctypes, gc, subprocess, sys, numpy as np, pytest, torch
 from collections import Counter
 from functools import cache
 from fastai.vision.all import *
@@ -14,6 +15,9 @@ from fastai_heatmaps.core.layers import default_layer, find_layers
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o] # fastcore's own `test_eq` and others are no tests of ours
 torch.set_num_threads(1)
+if sys.platform=='linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
+    for o in (-1, -3): ctypes.CDLL(None).mallopt(o, 2**30) # the same for this process, which has begun
+
 
 
 def pytest_addoption(parser):
@@ -92,8 +96,7 @@ def pic_learner(pics, arch=narrow18, bs=4, loss_func=None, cbs=None, **kwargs):
 @cache # fixtures are made anew for each module that imports them
 def _fork_server():
     tests = Path(__file__).parent
-    keep = {'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**30)} # glibc gives memory back after each pass of a model else
-    return subprocess.Popen([sys.executable, tests/'forked.py'], cwd=tests.parent, env={**os.environ, **keep}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, tests/'forked.py'], cwd=tests.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope='session')

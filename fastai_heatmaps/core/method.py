@@ -119,7 +119,7 @@ class Method:
         elif self.needs in ('layer', 'model'): res = self.func(probe)
         else:
             res = probe.by_cells(self.func)
-            if res is None: res = [self.func(probe.acts, g) for g in probe.gradients()]
+            if res is None: res = probe.by_class(self.func)
             if is_listy(res): res = torch.stack(res, 1) if all(isinstance(o, Tensor) and o.ndim==ndim-1 for o in res) else res[0]
         if isinstance(res, Tensor) and res.ndim==ndim and res.shape[:2]==(n,k): return res.detach().as_subclass(Tensor).float()
         if not is_picture(probe.x): raise no_pictures(probe.x)

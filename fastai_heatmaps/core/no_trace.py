@@ -253,9 +253,10 @@ def map_graphs(
     "Replace each tensor with a graph that `model` or one of its hooks keeps by what `f` makes of it"
     seen = set()
     for m in model.modules():
-        _map_held(f, vars(m), [(k, v) for k,v in list(vars(m).items()) if k not in _no_outputs and not _is_bare(v)], seen)
-        for hooks in (m._forward_hooks, m._forward_pre_hooks):
-            for h in list(hooks.values()): _map_hook(f, h, seen)
+        held = vars(m)
+        for k in held.keys()-_no_outputs:
+            if not _is_bare(held[k]): _map_held(f, held, [(k, held[k])], seen)
+        for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()): _map_hook(f, h, seen)
 
 # %% ../../nbs/00_core.no_trace.ipynb #ng000011
 @contextmanager

@@ -10,7 +10,7 @@ __all__ = ['near', 'at_each', 'Probe', 'resized', 'fuse', 'check_hook', 'check_w
 from fastai.basics import *
 from fastai.callback.hook import Hook
 from .no_trace import quiet, unwrap, restoring, thread_modes, no_trace
-from .hooks import InputHook, each_gradient
+from .hooks import InputHook, in_parts, gradient_parts, each_gradient
 from .layers import tensors_in, is_picture, spatial, is_one_cell, as_map, no_map, layer_names
 from .targets import class_indices, is_targ
 from .tasks import find_task, activation, is_dense, warn_if_saturated
@@ -20,6 +20,7 @@ from .moves import moves, moved, moved_back, mean_of_views
 from contextlib import nullcontext
 from copy import copy
 from functools import cached_property
+from itertools import chain
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 from numbers import Integral
@@ -36,11 +37,12 @@ def near(
 
 # %% ../../nbs/06_core.passes.ipynb #ps000071
 def at_each(
-    w:Tensor, # (n, C)
+    w:Tensor, # (..., C)
     acts:Tensor # (n, C, h, w)
-) -> Tensor: # Of the shape of `acts`; takes the memory of `w`
+) -> Tensor: # (..., C, h, w); takes the memory of `w`
     "Divide weights evenly among the cells of a map: the gradient of `w` times its mean"
-    return (w/acts[0,0].numel())[(..., *[None]*(acts.ndim-2))].expand_as(acts)
+    size = acts.shape[2:]
+    return (w/size.numel())[(..., *[None]*len(size))].expand(*w.shape, *size)
 
 # %% ../../nbs/06_core.passes.ipynb #ps000006
 class Probe(GetAttr):
@@ -69,19 +71,20 @@ class Probe(GetAttr):
 
     def gradients(self, asked=None):
         "Yield the gradients (n, C, h, w) of each class explained; or of the scores weighted by `asked` (k, n, c)"
-        if not self.keep or asked is not None: return self.new_gradients(ifnone(asked, self.idxs.T))
+        if not self.keep or asked is not None: return chain.from_iterable(self.new_gradients(ifnone(asked, self.idxs.T)))
         keys = [(self.hook, *o) for o in self.idxs.T.tolist()]
         new = [j for j,key in enumerate(keys) if key not in self.grads]
-        if new: self.grads.update(zip([keys[j] for j in new], self.new_gradients(self.idxs.T[new])))
+        if new: self.grads.update(zip([keys[j] for j in new], chain.from_iterable(self.new_gradients(self.idxs.T[new]))))
         return map(self.grads.get, keys)
 
     def new_gradients(self, asked):
-        "Yield the gradients (n, C, h, w) of `asked`, as for `each_gradient`"
+        "Yield the gradients (m, n, C, h, w) of the next m of `asked`, as for `gradient_parts`"
         w = self.weights if asked.ndim==2 and len(asked)>2 else None
         if w is None:
-            for g, in each_gradient(self.scores, [self.hook.stored], asked, self.retain): yield self.map(g).float()
+            for g, in gradient_parts(self.scores, [self.hook.stored], asked, self.retain):
+                yield self.map(g.flatten(0, 1)).float().unflatten(0, g.shape[:2])
         else:
-            for idx in asked: yield at_each(w[idx], self.acts)
+            for part in in_parts(asked, 4*self.acts.numel()): yield at_each(w[part], self.acts)
 
     def random_weights(self, seed):
         "Make weights (n, c) of the scores, in which each class has a part: what holds for them holds for all classes"
@@ -89,13 +92,26 @@ class Probe(GetAttr):
 
     @cached_property
     def weights(self):
-        "Find the weights (c, C) of the linear layer, if the scores are one after the mean over the map: then its weights are the gradients"
+        "Find the weights (c, C) of the linear layer, if the scores explained are one after the mean over the map: then they are the gradients"
         size = self.scores.shape[1],self.acts.shape[1]
         layers = [m.weight.detach() for m in self.model.modules() if isinstance(m, nn.Linear) and m.weight.shape==size]
         if not layers: return
-        v,w = self.random_weights(0),layers[-1].float()
+        v,w,asked = self.random_weights(0),layers[-1].float(),self.idxs.unique()
+        v = torch.zeros_like(v).scatter(1, self.idxs, v.gather(1, self.idxs))
         (g,), = each_gradient(self.scores, [self.hook.stored], v[None], retain=True)
-        if near(self.map(g).float(), at_each(v.float()@w, self.acts)): return w
+        if near(self.map(g).float(), at_each(v[:,asked].float()@w[asked], self.acts)): return w
+
+    def by_class(self, f):
+        "List what `f` makes of the gradients of each class, of several at once where its operations can be batched"
+        if self.keep: return [f(self.acts, g) for g in self.gradients()]
+        return [m for grads in self.new_gradients(self.idxs.T) for m in self.of_each(f, grads)]
+
+    def of_each(self, f, grads):
+        "Give what `f` makes of each of the gradients `grads` (m, n, C, h, w)"
+        if len(grads)>2:
+            try: return torch.vmap(f, (None, 0))(self.acts, grads)
+            except Exception: pass # it looks at numbers, or is wrong, which shows again
+        return [f(self.acts, g) for g in grads]
 
     def by_cells(self, f):
         "Make the maps (n, k, h, w) of many classes by the derivative of each cell of `f`'s map; None where that is no gain, or not the same"
