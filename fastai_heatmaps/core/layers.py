@@ -218,7 +218,7 @@ def _with_influence(model, names, dense, *xb): # layers with several cells that 
     return [n for n,g in zip(names, grads) if g is not None and as_map(g, xb[0]).abs().sum(1).count_nonzero()>1]
 
 # %% ../../nbs/02_core.layers.ipynb #ly000005
-def _candidates(model, *xb): # maps of layers that may do, shapes of all outputs, both by name; is the answer a map too? Names of attention layers
+def _candidates(model, *xb): # maps of layers that may do, shapes of all outputs, by name; is the answer a map; attention layers
     with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,callers):
         model(*[x[:1] for x in xb])
     maps = map_shapes(shapes, xb[0])
@@ -228,7 +228,7 @@ def _candidates(model, *xb): # maps of layers that may do, shapes of all outputs
     if dense: maps = {n:s for n,s in maps.items() if s[1]!=shapes[''][1]} or maps # the features, not the classes made of them
     return maps,shapes,dense,[n for n,m in model.named_modules() if m in attend]
 
-def _loses_places(maps, shapes, attend, x): # do layers after the last map of volumes attend, and put out tokens, of which nobody knows the places?
+def _loses_places(maps, shapes, attend, x): # do layers after the last map of volumes attend? Their tokens have no known place
     if x.ndim!=5 or not maps: return False
     names = list(shapes)
     after = names[names.index(last(maps))+1:]
@@ -240,7 +240,8 @@ def usable_layers(
 ) -> tuple: # name -> shape (n, C, h, w) of the map, in the order in which they finish; why they may be no maps, or ''
     "Find the layers with maps that show what the answer rests on"
     maps,shapes,dense,attend = _candidates(model, *xb)
-    if _loses_places(maps, shapes, attend, xb[0]): return maps,"layers after them attend to all places of the volume (methods of pixels, such as 'saliency', look at no layer)"
+    if _loses_places(maps, shapes, attend, xb[0]):
+        return maps,"layers after them attend to all places of the volume (methods of pixels, such as 'saliency', look at no layer)"
     are_tokens = any(s!=shapes[n] for n,s in maps.items())
     sizes = [math.prod(s[2:]) for s in maps.values()]
     doubtful = are_tokens or bool(sizes) and not dense and sizes[-1]>min(sizes)

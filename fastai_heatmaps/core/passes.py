@@ -227,7 +227,7 @@ def with_bar(
 # %% ../../nbs/06_core.passes.ipynb #561e33aa
 _axes = {3: 'signals (n, C, L)', 4: 'pictures (n, C, H, W)', 5: 'volumes (n, C, D, H, W)'}
 
-def _wrong_axes(model, x): # what to do about a batch with too many axes or too few, by the model's convolutions; None if there is no telling
+def _wrong_axes(model, x): # what to do about a batch with too many axes or too few, by the model's convolutions; None = no telling
     wanted = {len(m.kernel_size)+2 for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     if len(wanted)!=1 or x.ndim in wanted: return
     n, = wanted

@@ -155,8 +155,8 @@ def show_overlay(
 ): # The Axes
     "Draw `hmap` over `img`, that of a volume over slices through its strongest point"
     if hmap.ndim!=(3 if img.ndim==4 else 2):
-        raise ValueError(f"the map is {tuple(hmap.shape)} and the image {tuple(img.shape)}; expected a map (h, w) of a picture (C, H, W), "
-                         "or (d, h, w) of a volume (C, D, H, W)")
+        raise ValueError(f"the map is {tuple(hmap.shape)} and the image {tuple(img.shape)}; "
+                         "expected a map (h, w) of a picture (C, H, W), or (d, h, w) of a volume (C, D, H, W)")
     scale = color_scale([hmap])
     if img.ndim==4: img = as_sheet(windowed(img), find_slices('cross', hmap, img.shape[1:]))
     if hmap.ndim==3: hmap, = lay(hmap[None], img.slices, 'bicubic')
@@ -268,8 +268,9 @@ def add_legend(
         whole = right-left+wide*px
         ax.set(xlim=(left, left+whole), ylim=(max(bottom, top+high*px), top))
         ax.title.set_x((right-left)/whole/2)
-        ax.legend([Patch(color=c) for c in colors], ['\n'.join(o) for o in lines], loc='upper left', fontsize=size, frameon=False,
-                  bbox_to_anchor=((right-left+size*px)/whole, 1), borderpad=0, borderaxespad=0, handlelength=1, handletextpad=.5, labelspacing=.4)
+        ax.legend([Patch(color=c) for c in colors], ['\n'.join(o) for o in lines], fontsize=size, frameon=False,
+                  loc='upper left', bbox_to_anchor=((right-left+size*px)/whole, 1), borderpad=0, borderaxespad=0,
+                  handlelength=1, handletextpad=.5, labelspacing=.4)
         if moves: fig.draw_without_rendering()
 
 # %% ../../nbs/22_data.draw.ipynb #dr000043

@@ -226,5 +226,6 @@ def save(self:Heatmaps,
     _check_folder(folder, sum(rows, []), fresh=not overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     for i,row in enumerate(rows):
-        _write(_pictures(self, i, on, look, scales(i), slices=slices, spacing=spacing), [folder/r[k] for r in row for k in _kinds], fmt)
+        pics = _pictures(self, i, on, look, scales(i), slices=slices, spacing=spacing)
+        _write(pics, [folder/r[k] for r in row for k in _kinds], fmt)
     return add_rows(folder/'manifest.csv', sum(rows, []))

@@ -116,7 +116,7 @@ def takes_several(
 def image_class(
     dls:DataLoaders # A Learner's, even of one that was exported
 ) -> type:
-    "Find the class that images are opened as; `np.ndarray`, `Tensor`, or one of its kind, where the user's own function makes them"
+    "Find the class that images are opened as; `np.ndarray`, `Tensor` or one of its kind, where a function of the user's makes them"
     no_images = ValueError("the DataLoaders of this Learner take no images: heatmaps are for image models")
     tl = input_list(getattr(dls, 'valid_ds', None))
     if hasattr(tl, 'cont_names'): raise no_images # a table
@@ -127,7 +127,8 @@ def image_class(
         raise ValueError("this Learner takes several inputs, not one image: "
                          "pass a DataLoader of items as it knows them, dl=learn.dls.test_dl(items)")
     types = _types(tl, PILBase, TensorImageBase)
-    if not types and (not len(tl) or getattr(tl[0], 'ndim', 0) in (3,4)): types = _types(tl, Tensor, np.ndarray) # as scans become, but not words
+    if not types and (not len(tl) or getattr(tl[0], 'ndim', 0) in (3,4)): # as scans become, but not words
+        types = _types(tl, Tensor, np.ndarray)
     if not types: raise no_images
     return types[0]
 

@@ -44,7 +44,7 @@ def _layer_menu(passes, at): # from the last layer to the first; `at` is the one
     return [(n, n) for n in missing] + menu
 
 # %% ../../nbs/45_views.explore.ipynb #ex000009
-def _controls(W, passes, hm, img, method, layer, alpha): # the menus of class, method and layer, the opacity, and of a volume the slice; `W` is ipywidgets
+def _controls(W, passes, hm, img, method, layer, alpha): # of class, method, layer, opacity, a volume's slice; `W` is ipywidgets
     wide = dict(layout=W.Layout(width='27em', max_width='100%'), style=dict(description_width='4em'))
     def menu(name, options, value): return W.Dropdown(description=name, options=options, value=value, **wide)
     at = passes.one_layer(layer)
@@ -104,7 +104,7 @@ def explore_heatmaps(self:Learner,
     input:int=0, # Which of the model's inputs is explained and shown, where it takes several
     spacing=None # Of a volume's voxels, as for `Heatmaps.show`
 ): # A widget
-    "Explore with the mouse why the model answers as it does to `img`: choose the class, method, layer and opacity, and the slice of a volume"
+    "Explore with the mouse why the model answers as it does to `img`: choose class, method, layer, opacity, and a volume's slice"
     try: import ipywidgets as W
     except ImportError: raise ImportError('explore_heatmaps needs ipywidgets: pip install "fastai_heatmaps[explore]"') from None
     images = to_images(shadow(self).dls, [img], vocab=output_names(self), input=input)

@@ -38,7 +38,7 @@ def _small(o, most): # `o` (channels, H, W), `most` a side
     shrink = most/max(most, *o.shape[1:])
     return F.interpolate(o[None], [max(1, round(s*shrink)) for s in o.shape[1:]], mode='area')[0] if shrink<1 else o
 
-def _bytes(maps, signed, most=56): # the maps (k, h, w) of a photo, or (k, slices, h, w), as bytes; what share each one's scale is of the largest
+def _bytes(maps, signed, most=56): # the maps (k, h, w) or (k, slices, h, w) of a photo as bytes; each one's scale, as a share of the largest
     maps = torch.nan_to_num(maps.float(), 0, 0, 0)
     maps = _small(maps.flatten(0, -3), most).unflatten(0, maps.shape[:-2])
     least,top = [tensor([color_scale([m], signed)[k] for m in maps]) for k in ('vmin', 'vmax')]
