@@ -4,9 +4,12 @@ os.environ['OMP_NUM_THREADS'] = '1' # the tests run in one process a core; so do
 os.environ |= {f'MALLOC_{o}_THRESHOLD_': str(2**30) for o in ('TRIM', 'MMAP')} # glibc gives memory back after each pass of a model else
 import matplotlib
 matplotlib.use('Agg')
-import ctypes, gc, subprocess, sys, numpy as np, pytest, torch
+import ctypes, gc, sys, numpy as np, pytest, torch
 from collections import Counter
-from functools import cache
+import forked as fork_server
+if sys.platform=='linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+    for o in (-1, -3): libc.mallopt(o, 2**30) # the same for this process, which has begun, and those forked from it
+ask,answers = fork_server.start() # before this package is imported
 from fastai.vision.all import *
 from fastai_heatmaps.all import *
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -15,9 +18,6 @@ from fastai_heatmaps.core.layers import default_layer, find_layers
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o] # fastcore's own `test_eq` and others are no tests of ours
 torch.set_num_threads(1)
-if sys.platform=='linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
-    for o in (-1, -3): ctypes.CDLL(None).mallopt(o, 2**30) # the same for this process, which has begun
-
 
 
 def pytest_addoption(parser):
@@ -93,21 +93,14 @@ def pic_learner(pics, arch=narrow18, bs=4, loss_func=None, cbs=None, **kwargs):
     return vision_learner(dls, arch, pretrained=False, normalize=False, loss_func=loss_func, metrics=accuracy, cbs=cbs)
 
 
-@cache # fixtures are made anew for each module that imports them
-def _fork_server():
-    tests = Path(__file__).parent
-    return subprocess.Popen([sys.executable, tests/'forked.py'], cwd=tests.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 @pytest.fixture(scope='session')
 def forked(tmp_path_factory):
     "Runs a notebook, as `nbdev-test` does, or a script, or code, in a process of its own where fastai is imported already: gives its exit code, and what it prints"
-    p = _fork_server()
     def run(what, *args):
         path = tmp_path_factory.mktemp('forked')
         if '\n' in str(what): (path/'script.py').write_text(what, 'utf-8')
-        print(path/'log', path/'script.py' if '\n' in str(what) else what, *args, sep='\t', file=p.stdin, flush=True)
-        return int(p.stdout.readline()), (path/'log').read_text('utf-8')
+        print(path/'log', path/'script.py' if '\n' in str(what) else what, *args, sep='\t', file=ask, flush=True)
+        return int(answers.readline()), (path/'log').read_text('utf-8')
     return run
 
 

@@ -1,4 +1,4 @@
-"Runs notebooks, by nbdev-test's own code, and scripts, each in a process of its own, forked from this one, which has imported fastai: that takes longer than most of them."
+"Runs notebooks, by nbdev-test's own code, and scripts, each in a process of its own, forked from one that has imported fastai: that takes longer than most of them."
 import gc, os, runpy, sys, traceback
 import fastai.vision.all # and nothing of this package: each imports what it needs
 from nbdev.test import nbdev_test
@@ -17,14 +17,28 @@ def rc(fn, *args):
     except BaseException: traceback.print_exc()
     return 1
 
-gc.freeze() # no child goes over what is here already, which would copy it
-for line in sys.stdin:
-    log,*args = line.rstrip('\n').split('\t')
-    pid = os.fork()
-    if not pid:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for o in (1, 2): os.dup2(os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND), o)
-        code = rc(*args)
-        for o in (sys.stdout, sys.stderr): o.flush()
-        os._exit(code) # to take all of fastai apart takes seconds
-    print(os.waitpid(pid, 0)[1], flush=True)
+def serve(asked, answers):
+    "Run each line of `asked`, a log and what `run` takes, and write its exit code to `answers`"
+    gc.freeze() # no child goes over what is here already, which would copy it
+    for line in asked:
+        log,*args = line.rstrip('\n').split('\t')
+        pid = os.fork()
+        if not pid:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for o in (1, 2): os.dup2(os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND), o)
+            code = rc(*args)
+            for o in (sys.stdout, sys.stderr): o.flush()
+            os._exit(code) # to take all of fastai apart takes seconds
+        print(os.waitpid(pid, 0)[1], file=answers, flush=True)
+
+def start():
+    "Fork a server, and give the pipes to it and from it; it ends with this process"
+    (asked,ask),(answers,answer) = os.pipe(),os.pipe()
+    if os.fork():
+        for o in (asked, answer): os.close(o)
+        return os.fdopen(ask, 'w'),os.fdopen(answers)
+    for o in (ask, answers): os.close(o)
+    sys.stdout,sys.stderr = sys.__stdout__,sys.__stderr__ # pytest's own would keep what is printed
+    sys.modules.pop('conftest', None) # which is only half imported
+    serve(os.fdopen(asked), os.fdopen(answer, 'w'))
+    os._exit(0)

@@ -309,7 +309,7 @@ def test_ways_to_name_classes(learn, pics):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('arch,layer', [(models.vgg11, None), (models.alexnet, None), (models.squeezenet1_1, None), (models.densenet121, 'features.denseblock3'),
+@pytest.mark.parametrize('arch,layer', [(partial(models.vgg11, init_weights=False), None), (models.alexnet, None), (models.squeezenet1_1, None), (models.densenet121, 'features.denseblock3'),
                                         (models.mobilenet_v2, 'features.12'), (models.resnet18, 'layer2.0.bn1')])
 def test_plain_models_and_inner_layers(arch, layer):
     "Activations and gradients are those of an ordinary backward pass, in models that are no Sequential(body, head)"

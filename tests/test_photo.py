@@ -1,5 +1,5 @@
 "Maps on the original photo: transforms that move pictures but no points are found out; large photos take little memory; pictures follow a plain formula."
-import io, subprocess, sys
+import io
 import PIL.ImageChops, PIL.ImageFilter, PIL.ImageOps
 import pytest
 from conftest import *
@@ -225,12 +225,12 @@ def test_plot_looks_at_the_scale_once(pics, learn, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the kernel does not tell the memory')
-def test_memory_of_a_large_photo(tmp_path):
+def test_memory_of_a_large_photo(forked, tmp_path):
     "At most three times the pixels of the photo, besides the photo itself"
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (30,45,3), dtype=np.uint8)).resize((4500,3000)).save(tmp_path/'photo.jpg')
     script = Path(__file__).parent.parent/'benchmarks'/'original.py'
-    done = subprocess.run([sys.executable, '-W', 'ignore', script, 'png', tmp_path/'photo.jpg', tmp_path, '1'], capture_output=True, text=True)
-    assert done.returncode==0, done.stderr[-2000:]
-    mb = float(done.stdout.split()[-3])
+    rc,printed = forked(script, 'png', tmp_path/'photo.jpg', tmp_path, '1')
+    assert rc==0, printed[-2000:]
+    mb = float(printed.split()[-3])
     assert mb < 4*4500*3000*3/1e6

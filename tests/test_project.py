@@ -8,6 +8,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import fastai.vision.all as fv, pytest
+from readme_renderer.markdown import render
 import fastai_heatmaps.all as fh
 from nbdev.config import get_config, nbpath2html
 
@@ -57,7 +58,7 @@ def test_bounds():
     for k in keys:
         wanted = [o for o in rows(k) if not o.startswith('fastai_heatmaps')]
         got = oldest.bounds(oldest.settings(), k)
-        assert len(wanted)==len(got) and all(re.match(rf'{name}>={version}(;|$)', o) for o,(name,version) in zip(wanted, got.items())), got
+        assert len(wanted)==len(got) and all(re.match(rf'{name}(\[\w+\])?>={version}(;|$)', o) for o,(name,version) in zip(wanted, got.items())), got
     assert oldest.bounds({**cfg, 'requirements': 'a\nb>=2.1,<3\nfastai_heatmaps[demo]'}, 'requirements')=={'a': None, 'b': '2.1'}
     for o in oldest.user_tests+oldest.dev_tests: assert (root/'tests'/f'test_{o}.py').exists()
 
@@ -107,6 +108,7 @@ def test_docs_build_strictly(forked):
         hits = [o for k in ('terms', 'titleterms') if (o := found[k].get(stem)) is not None]
         return {found['docnames'][i] for o in hits for i in (o if isinstance(o, list) else [o])}
     assert 'howto/colours' in pages_with('transpar') & pages_with('threshold') and 'howto/several_gpus' in pages_with('gpu') & pages_with('gpus')
+    assert ['class="wide"' in pages[f'{o}.html'] for o in ('index', 'tour')]==[False, True] # figures that keep their size on a small screen
     assert '<math' in pages['trust.focus.html'] and 'https://arxiv.org/abs/1610.02391' in pages['reference/learner.html']
 
 
@@ -124,6 +126,12 @@ def test_words_of_the_docs(monkeypatch):
     for o in ('# `show_gradcam`', '```\n`show_gradcam`\n```', '[`show_gradcam`](x)'): assert named(o)==o
     assert documented('---\n\n### f\n\n```python\ndef f(\n    module, # A\n):\n```\n\n*Do [`module`](https://docs.fast.ai/layers.html#module) as [`Hook`](https://docs.fast.ai/x#hook)*')==\
         '### `f`\n\n```python\ndef f(\n    module, # A\n):\n```\n\n*Do `module` as [`Hook`](https://docs.fast.ai/x#hook)*'
+    from docs import badge, colab, pages
+    lesson,url = pages['tutorials/digits'],'https://github.com/a/b'
+    assert badge('# T\n\n> s\n\nx', '')==colab('# T\n\n> s\n\nx', lesson, '')=='# T\n\n> s\n\nx'
+    assert badge('# T\n\n> s\n', url)==f'# T\n\n[![Tests]({url}/actions/workflows/test.yml/badge.svg)]({url}/actions/workflows/test.yml)\n\n> s\n'
+    opened = colab('# T\n\n> s\n\nx\n\ny', lesson, url)
+    assert opened.startswith('# T\n\n> s\n\n[Open in Colab](https://colab.research.google.com/github/a/b/blob/main/nbs/tutorials/04_digits.ipynb),') and opened.endswith('`.\n\nx\n\ny')
     u = '/learner.show.html#learner.show_gradcam'
     assert [link(u, o) for o in (True, False)]==['/reference/learner.ipynb#learner.show_gradcam', '/learner.show.ipynb#learner.show_gradcam']
     assert [link(o, True) for o in ('../80_which_method.ipynb', 'https://x.org/a.html', '#here')]==['../which_method.ipynb', 'https://x.org/a.html', '#here']
@@ -152,6 +160,24 @@ def check_reference(pages):
     assert page.count('<details>')==page.count('<h2>') and 'Opacity of the map at the ends of the scale' in page and 'src="../_images/' in page
 
 
+def addresses(md):
+    "Addresses of the pictures and of the links of `md`, as PyPI shows it"
+    html = render(md)
+    return [[u for u in re.findall(rf'<{o}=\"([^\"]*)', html) if u[0]!='#'] for o in (r'img\b[^>]*\bsrc', r'a\b[^>]*\bhref')]
+
+
+def test_description():
+    "On PyPI pictures and links are absolute once there is an address, and lead to files that are there; until then there are only links to elsewhere"
+    spec = spec_from_file_location('setup', root/'setup.py')
+    described = (setup := module_from_spec(spec), spec.loader.exec_module(setup))[0].described
+    md,url = re.sub(r'\[!\[.*', '', (root/'README.md').read_text('utf-8')),'https://github.com/a/b' # without the badge, whose address is absolute
+    pictures,links = addresses(described(md, url))
+    assert pictures and all(o.startswith(f'{url}/raw/main/') for o in pictures) and all(o.startswith(f'{url}/blob/main/') for o in links)
+    assert all((root/re.sub(f'{url}/(raw|blob)/main/', '', o)).is_file() for o in pictures+links)
+    assert addresses(described(md, ''))==[[], []] and 'Which method?' in described(md, '')
+    assert described('`a[0](x)` [b](#c) ![d](e.png) [f](g) [h](http://i)', '')=='`a[0](x)` [b](#c)  f [h](http://i)'
+
+
 @pytest.mark.slow
 def test_wheel(tmp_path):
     "The wheel, built from the source distribution, holds all modules and runs from a folder of its own"
@@ -166,6 +192,8 @@ def test_wheel(tmp_path):
     info, = site.glob('*.dist-info')
     assert script==f'fastai-heatmaps = {module}:main' and script in (info/'entry_points.txt').read_text()
     assert (info/'licenses'/'LICENSE').exists() and f"Version: {cfg['version']}" in (info/'METADATA').read_text('utf-8')
+    said = (info/'METADATA').read_text('utf-8').partition('\n\n')[2]
+    assert said.startswith('# fastai_heatmaps') and all(o.startswith('https://') for group in addresses(said) for o in group)
     code = f'import {module} as c; print(c.__file__); c.main(["--version"])'
     res = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(site)}, capture_output=True, text=True)
     assert res.stdout.splitlines()==[str(site/module.replace('.', '/'))+'.py', f"fastai-heatmaps {cfg['version']}"], res.stderr

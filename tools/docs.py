@@ -1,8 +1,10 @@
 "Build the docs site, or README.md, from nbs/: cells as nbdev prepares them for its docs, outputs as stored in the notebooks."
 import os,re,shutil,sys,yaml
+from base64 import b64decode
+from configparser import ConfigParser
 from functools import partial
 from importlib import import_module
-from io import StringIO
+from io import BytesIO,StringIO
 from pathlib import Path
 
 from fastcore.nbio import dict2nb,mk_cell,nb2str
@@ -15,6 +17,7 @@ from nbdev.process import NBProcessor
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults
 from nbdev.showdoc import show_doc
+from PIL import Image
 from sphinx.cmd.build import main as sphinx_build
 
 root = Path(__file__).absolute().parents[1]
@@ -22,6 +25,9 @@ sys.path.insert(0, str(root/'tools'))
 from reference import PUBLIC,receivers,reference,tidy
 
 nbs = get_config(root).nbs_path
+ini = ConfigParser(delimiters='=')
+ini.read(root/'settings.ini', 'utf-8')
+url = ini['DEFAULT']['git_url']
 left_out = 'FrontmatterProc','clean_show_doc','add_fold','exec_show_docs' # the first three are for Quarto; the last would run lessons again
 
 def page(fn):
@@ -57,7 +63,7 @@ def outputs(c):
     return [o for o,d in zip(c.outputs, ds) if not (pics and list(d)==['text/plain'])]
 
 def documented(md):
-    "What show_doc says, without a rule and a source link (there's no git_url)"
+    "What show_doc says, without a rule and a source link (there's no git_url for nbdev)"
     # the name as code, or the underscores of `__call__` make it bold
     md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.partition('\n\nParameters:\n')[0]))
     params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
@@ -77,6 +83,20 @@ def clean(c, link, known):
         c = mk_cell(documented(NbdevLookup().linkify(md)), 'markdown')
     md = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()', r'[\1]', c.source) # nbdev links a name that is in a link already
     return mk_cell(papers(re.sub(r'(?<=\]\()[^)\s]+', lambda m: link(m[0]), md)), c.cell_type)
+
+def badge(md, url):
+    "`md` with a badge below its title that tells whether the tests pass at `url`"
+    tests = f'{url}/actions/workflows/test.yml'
+    return md.replace('\n\n', f'\n\n[![Tests]({tests}/badge.svg)]({tests})\n\n', 1) if url else md
+
+def colab(md, fn, url):
+    "`md`, the first cell of the notebook `fn`, with a link below its title and summary that opens it in Colab, from the repository at `url`"
+    if 'github.com/' not in url or fn.stem=='teachers': return md # no code there
+    there = url.replace('github.com', 'colab.research.google.com/github') + '/blob/main/' + fn.relative_to(root).as_posix()
+    head,_,rest = md.partition('\n\n> ')
+    said,_,rest = rest.partition('\n\n')
+    how = f'[Open in Colab]({there}), and begin there with `%pip install "fastai_heatmaps[demo] @ git+{url}"`.'
+    return '\n\n'.join(filter(None, [f'{head}\n\n> {said}', how, rest]))
 
 def prep(fn, link):
     "Notebook `fn` after nbdev's docs processing and `clean`"
@@ -100,7 +120,7 @@ def readme(dest):
     nb = StringIO(nb2str(prep(pages['index'], link)))
     md,res = MarkdownExporter().from_file(nb, dict(unique_key='README', output_files_dir='README_files'))
     md = re.sub(r'\n( *\n){2,}', '\n\n', re.sub(r'!\[(png|jpeg)\]', '![Output]', md)).strip() + '\n'
-    FilesWriter(build_directory=str(dest)).write(md, res, notebook_name='README')
+    FilesWriter(build_directory=str(dest)).write(badge(md, url), res, notebook_name='README')
 
 def link(u, guide):
     "Address `u` as Sphinx knows it; in a guide, names lead to the reference, and elsewhere to the notebook that defines them"
@@ -119,6 +139,11 @@ def named(md):
     name = r'(?<!\[)`(?:(learn|interp|hm)\.)?(\w+)(?:\([^`]*\))?`(?!\])'
     return ''.join(o if i%2 else re.sub(name, to, o) for i,o in enumerate(parts))
 
+def width(out):
+    "Of the picture in the output `out`, in pixels; 0 if there is none"
+    data = [v for k,v in out.get('data', {}).items() if k in ('image/png', 'image/jpeg')]
+    return Image.open(BytesIO(b64decode(''.join(data[0])))).width if data else 0
+
 def toctree(caption, names):
     "A group of the sidebar"
     return mk_cell('\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```']), 'markdown')
@@ -128,10 +153,16 @@ def site(dest):
     shutil.rmtree(dest, ignore_errors=True)
     src = Path(shutil.copytree(nbs, dest/'src', ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '[._]*')))
     books = {p: prep(fn, partial(link, guide=p not in groups['Internals'])) for p,fn in pages.items()}
+    for p in groups['Tutorials']:
+        c = books[p].cells[0]
+        c.source = colab(c.source, pages[p], url)
     for p,cells in reference(books).items(): books[f'reference/{p}'] = book([clean(c, partial(link, guide=False), {}) for c in cells])
     for p in {*books}-{*groups['Internals']}:
         for c in books[p].cells:
             if c.cell_type=='markdown': c.source = named(c.source)
+    for p in {*books}-{'index'}:
+        for c in books[p].cells:
+            if max(map(width, c.get('outputs', [])), default=0)>580: c.metadata = dict(mystnb=dict(image=dict(classes='wide')))
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
     toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])

@@ -47,10 +47,10 @@ def _boxes(hm, i, thresh, on, n, masks, interpolation): # those of image `i`
 @no_trace
 def boxes(self:Heatmaps,
     thresh:float=.5, # Where a region ends, as a part of the map's maximum, between 0 and 1; lower makes larger boxes
-    on='original', # What the boxes lie on, in its pixels: 'original' = the photo as it was opened, 'input' = what the model saw
+    on:str='original', # What they lie on, in its pixels: 'original' = the photo as it was opened, 'input' = what the model saw
     n:int=None, # How many for each map at most, those with the most evidence; None = all; maps of single pixels have many specks
     masks:bool=False, # Keep the mask of each region, too? They are as large as the picture
-    interpolation=None # How maps are enlarged; None = as they are drawn; 'nearest' = boxes along the cells
+    interpolation:str=None # How maps are enlarged; None = as they are drawn; 'nearest' = boxes along the cells
 ) -> list: # Of each image a `LabeledBBox`; `scores` (m,), the share of a map's evidence in each region; `masks` (m, H, W)
     "Find the boxes of the connected regions where the evidence for a class is strong, those with the most of it first"
     if n is not None: check_whole(n=n)

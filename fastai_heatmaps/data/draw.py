@@ -53,10 +53,10 @@ def _fading(cmap, signed): # a copy of a colormap, clear at zero
 # %% ../../nbs/22_data.draw.ipynb #dr000034
 def styled(
     signed, # Are there colours for negative values?
-    alpha=None, # As in `lay_map`
+    alpha:float=None, # As in `lay_map`
     cmap=None, # As in `lay_map`
-    interpolation=None, # As in `lay_map`
-    style=None # A name in `styles`; None = 'fade'
+    interpolation:str=None, # As in `lay_map`
+    style:str=None # A name in `styles`; None = 'fade'
 ) -> dict: # `cmap`, `alpha`, `interpolation` and `line`
     "Complete a style: what is None is the style's own"
     style = style or 'fade'
@@ -103,10 +103,10 @@ def lay_map(
     ax, # A matplotlib Axes, with a picture on it
     hmap:Tensor, # The map (h, w)
     vmin, vmax, # The values at the ends of the scale, as from `color_scale`
-    alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = that of the style: .7, .6 for 'even', 1 for 'pixels'
+    alpha:float=None, # Opacity of the map at the ends of the scale: 0 to 1; None = the style's: .7, .6 for 'even', 1 for 'pixels'
     cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
-    interpolation=None, # 'bicubic', the default, goes through the values of the cells; 'nearest' shows the cells; or another of matplotlib's
-    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = without the photo
+    interpolation:str=None, # 'bicubic', the default, goes through the values of the cells; 'nearest' shows the cells; or another of matplotlib's
+    style:str=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = without the photo
 ): # What `imshow` returns
     "Draw `hmap` over the picture on `ax`, edge on edge"
     look,extent = styled(vmin<0, alpha, cmap, interpolation, style),ax.images[-1].get_extent()
@@ -147,10 +147,10 @@ def show_overlay(
     img:Tensor, # The image (3 or 1, H, W), in 0 to 1; or a volume (C, D, H, W), of any values
     hmap:Tensor, # The map (h, w); of a volume (d, h, w)
     ctx=None, # A matplotlib Axes; None = a new figure
-    figsize=None, # Of a new figure, in inches
-    vmin=None, # The value at the lower end of the scale; None = that of `color_scale`
-    vmax=None, # The value at its upper end, likewise
-    colorbar=False, # Show the scale beside it?
+    figsize:tuple=None, # Of a new figure, in inches
+    vmin:float=None, # The value at the lower end of the scale; None = that of `color_scale`
+    vmax:float=None, # The value at its upper end, likewise
+    colorbar:bool=False, # Show the scale beside it?
     **kwargs
 ): # The Axes
     "Draw `hmap` over `img`, that of a volume over slices through its strongest point"
@@ -276,8 +276,8 @@ def add_legend(
 # %% ../../nbs/22_data.draw.ipynb #dr000043
 def show_scales(
     axs, # The Axes of a figure; on those with a map it is the last picture
-    same_scale=False, # Have all maps the same scale?
-    colorbar=False # Show the scale, or that of each map?
+    same_scale:bool=False, # Have all maps the same scale?
+    colorbar:bool=False # Show the scale, or that of each map?
 ):
     "Say in the titles which maps are shown stronger than others, and show bars"
     axs = list(axs)
@@ -299,7 +299,7 @@ def new_panels(
     cols:int, # Of panels
     width, # Of a panel, in inches
     height, # Of a panel with its title, in inches
-    figsize=None # Of the figure, in inches; None = that of the panels
+    figsize:tuple=None # Of the figure, in inches; None = that of the panels
 ) -> tuple: # The figure and an array of Axes (rows, cols)
     "Make a figure of `rows` × `cols` panels"
     return plt.subplots(rows, cols, figsize=figsize or (cols*width, rows*height), layout='compressed', squeeze=False)

@@ -164,7 +164,7 @@ def by_class(self:Heatmaps):
 def title(self:Heatmaps,
     i:int, # Which image
     j:int=0, # Which of the classes explained
-    truth=True # Name the true class too, where it is known?
+    truth:bool=True # Name the true class too, where it is known?
 ) -> tuple: # Lines and a colour
     "Title a map with the class explained, the predicted and the true one"
     task = tasks[self.task]
@@ -199,8 +199,8 @@ def enlarging(self:Heatmaps, interpolation=None, style=None):
 def laid(self:Heatmaps,
     i:int, # Which image
     img:Tensor, # As from `image`
-    interpolation=None, # As in `lay_map`
-    style=None # As in `lay_map`
+    interpolation:str=None, # As in `lay_map`
+    style:str=None # As in `lay_map`
 ) -> Tensor: # (k, h, w)
     "Get the maps of image `i`, float32; those of a volume as they lie on its sheet `img`"
     maps = self.maps[i].float()
@@ -234,9 +234,9 @@ def _check_on(on):
 @patch
 def view(self:Heatmaps,
     i:int, # Which image
-    on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened
-    interpolation=None, # How maps are carried back to a photo; None = as their style has it
-    limit=None, # Longest side of a photo, in pixels; None = as it is
+    on:str='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened
+    interpolation:str=None, # How maps are carried back to a photo; None = as their style has it
+    limit:int=None, # Longest side of a photo, in pixels; None = as it is
     slices='cross', # Of a volume, as for `show`
     spacing=None # Of its voxels, as for `show`
 ) -> tuple: # The image (channels, H, W) in 0 to 1; its maps (k, h, w), NaN where the model did not see a photo
@@ -283,7 +283,7 @@ def level(self:Heatmaps,
 # %% ../../nbs/23_data.heatmaps.ipynb #d379f06f
 @patch
 def scales(self:Heatmaps,
-    same_scale=False # One scale for all maps of all images?
+    same_scale:bool=False # One scale for all maps of all images?
 ) -> callable: # `i ->` a list of what `color_scale` gives, one for each map of image `i`
     "Make a function that gives the scales of an image's maps"
     common = color_scale(self.maps)
@@ -297,7 +297,7 @@ def draw(self:Heatmaps,
     i:int, # Which image
     img:Tensor, # As from `view`
     axs:list, # k matplotlib Axes
-    truth=True, # Name the true class too, where it is known?
+    truth:bool=True, # Name the true class too, where it is known?
     maps=None, # As from `view`; None = those of image `i`
     scales=None, # As from `scales`; None = each map has its own
     boxes=False, # Draw boxes round what is above half of a map's maximum? A number = another part of it
@@ -330,10 +330,10 @@ def _class_panels(img, k, figsize=None): # a figure with `k` Axes of the shape o
 def show(self:Heatmaps,
     i:int=0, # Which image
     ctx=None, # A matplotlib Axes, or one for each class; None = a new figure with one panel a class, four a row
-    figsize=None, # Of a new figure, in inches
-    same_scale=False, # One scale for all the maps of these `Heatmaps`?
-    colorbar=False, # Show the scale beside the maps?
-    on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
+    figsize:tuple=None, # Of a new figure, in inches
+    same_scale:bool=False, # One scale for all the maps of these `Heatmaps`?
+    colorbar:bool=False, # Show the scale beside the maps?
+    on:str='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
     boxes=False, # Draw boxes round what is above half of a map's maximum, as `boxes` finds them? A number = another part of it
     slices='cross', # Of a volume: 'cross' = three through its strongest point, for the first class; 'montage' = a dozen; 'max' = projections; or a voxel (depth, height, width)
     spacing=None, # Of a volume's voxels along depth, height and width, for the proportions of slices; None = the same along all
@@ -355,11 +355,11 @@ def show(self:Heatmaps,
 @delegates(Heatmaps.show, but='i,ctx')
 @no_trace
 def plot(self:Heatmaps,
-    ncols=None, # How many images a row, each with its heatmaps; None = about four panels a row
-    figsize=None, # In inches
-    same_scale=False, # One scale for all the maps?
-    colorbar=False, # Show the scale beside the maps?
-    on='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
+    ncols:int=None, # How many images a row, each with its heatmaps; None = about four panels a row
+    figsize:tuple=None, # In inches
+    same_scale:bool=False, # One scale for all the maps?
+    colorbar:bool=False, # Show the scale beside the maps?
+    on:str='input', # What the maps lie on: 'input' = what the model saw, 'original' = the photo as it was opened, uncropped
     boxes=False, # Draw boxes, as in `show`?
     slices='cross', # Of volumes, as in `show`
     spacing=None, # Of volumes, as in `show`

@@ -457,7 +457,7 @@ def draw_trust(
     names:list, # Of the methods
     rows:list, # For each what is to be drawn
     found:list, # For each a dict: name in `rules` -> what it wants
-    figsize=None # In inches
+    figsize:tuple=None # In inches
 ): # An array of Axes
     "Draw a row of pictures for each method, and below them what was measured"
     h,w = rows[0][0][0][1].shape[1:]

@@ -303,7 +303,7 @@ def draw_sanity(
     styles:dict, # Method -> the style of its maps
     curves:dict, # Method -> a stage, or 'another photo' -> (mean, error)
     label:str, # Of the vertical axis
-    figsize=None # In inches
+    figsize:tuple=None # In inches
 ) -> list: # of Axes
     "Draw the maps of one picture at each stage, and below them how alike or how complex all maps are"
     rows,cols = len(pictures),len(first(pictures.values()))

@@ -70,8 +70,8 @@ def show_answer_map(self:Learner,
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`, whose map depends on the class
     layer=None, # None = the body, or the last layer with a map; a module, or a dotted name
     ctx=None, # A matplotlib Axes; None = a new figure
-    alpha=.8, # Opacity where the evidence is strongest: 0 to 1
-    figsize=None, # Of a new figure, in inches
+    alpha:float=.8, # Opacity where the evidence is strongest: 0 to 1
+    figsize:tuple=None, # Of a new figure, in inches
     **kwargs # For `get_heatmaps`, such as `tta=True`, and options of the method
 ): # The Axes
     "Show which class the model sees where in `img`: at each place the one with the most evidence, more opaque where there is more"

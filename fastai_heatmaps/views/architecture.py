@@ -65,7 +65,7 @@ def _color(name, hw, home): # of the bar of a part
 def show_architecture(self:Learner,
     depth:int=None, # Into how many levels of modules the model is taken apart; None = as many as give no more than 24 parts
     ctx=None, # A matplotlib Axes; None = a new figure
-    figsize=None # Of a new figure, in inches
+    figsize:tuple=None # Of a new figure, in inches
 ): # The Axes
     "Show the parts of the model in the order in which they run, with their outputs for an image as the DataLoaders make it"
     model,(x,_),fig = unwrap(self.model),blank(self),None

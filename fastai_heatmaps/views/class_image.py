@@ -165,7 +165,7 @@ def show_class_image(self:Learner,
     layer=None, # Instead of a class: a module, or its dotted name
     channel=None, # Of `layer`: an index, or a list of them; None = all of them together
     ctx=None, # A matplotlib Axes, or one for each picture; None = a new figure, four in a row
-    figsize=None, # Of a new figure, in inches
+    figsize:tuple=None, # Of a new figure, in inches
     **kwargs # For `get_class_image`
 ): # The Axes, or an array of them for several
     "Show the picture that excites a class most, titled with its probability, or the one that excites a channel of a layer most"

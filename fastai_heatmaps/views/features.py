@@ -90,7 +90,7 @@ def show_filters(self:Learner,
     same_scale:bool=False, # One scale for all of them? If not, each has its own
     fresh:bool=False, # Show those of a freshly initialised copy of the layer beside them?
     ctx=None, # A matplotlib Axes, or a list of two with `fresh`; None = a new figure
-    figsize=None # Of a new figure, in inches
+    figsize:tuple=None # Of a new figure, in inches
 ): # The Axes, or an array of two with `fresh`
     "Show the weights of a convolution: in RGB, or if there are not three inputs, in grey with a row for each output; mid-grey is 0"
     check_whole(n=n)
@@ -173,7 +173,7 @@ def show_feature_maps(self:Learner,
     channels=None, # Show these instead: an index or a list of them
     same_scale:bool=False, # One scale for the channels of a layer? If not, each goes from black, its minimum, to white, its maximum
     input:int=0, # As in `get_heatmaps`; a layer that runs on several inputs gives what it makes of this one
-    figsize=None # In inches
+    figsize:tuple=None # In inches
 ): # An array of Axes: a row for each layer, a column for each channel
     "Show channels of layers as grey maps, the layers in the order in which they run; of a volume the largest values along its depth"
     check_whole(n=n)

@@ -118,11 +118,11 @@ def _plot_with_heatmaps(interp, k, largest=True,
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # As in `get_heatmaps`
     relu:bool=None, # Keep evidence for the class only? None = yes for classes, no for numbers
-    same_scale=False, # One scale for all the maps?
-    colorbar=False, # Show the scale beside the maps?
-    nrows=None, # As in fastai
-    ncols=None, # As in fastai; of photos
-    figsize=None, # In inches
+    same_scale:bool=False, # One scale for all the maps?
+    colorbar:bool=False, # Show the scale beside the maps?
+    nrows:int=None, # As in fastai
+    ncols:int=None, # As in fastai; of photos
+    figsize:tuple=None, # In inches
     **kwargs # For `get_heatmaps` and the method
 ):
     looks,options = split_kwargs(kwargs, styled)
