@@ -120,14 +120,14 @@ def marked_exif(): # The EXIF data, as Pillow takes them
     return exif
 
 # %% ../../nbs/24_data.files.ipynb #ph000021
-def _laid(hm, i, on, interpolation): # image `i` in RGB; its maps, small; the strips of each, as from `photo_strips`
+def _laid(hm, i, on, interpolation, **where): # image `i` in RGB; its maps, small; the strips of each, as from `photo_strips`
     if on=='original':
         photo,grid = hm.images.photo(i)
         size = photo.size[::-1]
         small = on_photo(hm.maps[i], grid, [max(1, round(o*min(512/max(size), 1))) for o in size], interpolation)
         strips = [photo_strips(m[None], grid, size, interpolation) for m in hm.maps[i]]
     else:
-        img,small = hm.view(i, on)
+        img,small = hm.view(i, on, **where)
         maps = enlarged(small, img.shape[1:], interpolation)
         photo = Image.fromarray((255*img.expand(3, -1, -1)).round().byte().permute(1, 2, 0).numpy())
         strips = [[(0, m[None])] for m in maps]
@@ -158,8 +158,8 @@ def _draw_line(pic, m, scale, interpolation): # the line of `half_line` round wh
         pic.paste(line, (0, top), line)
 
 # %% ../../nbs/24_data.files.ipynb #6be3598c
-def _pictures(hm, i, on, look, scales): # the `_kinds` of each map of image `i`; the next may overwrite the last
-    photo,small,maps = _laid(hm, i, on, look['interpolation'])
+def _pictures(hm, i, on, look, scales, **where): # the `_kinds` of each map of image `i`; the next may overwrite the last
+    photo,small,maps = _laid(hm, i, on, look['interpolation'], **where)
     w,h = photo.size
     grey,colours,opacity = pics = [Image.new(mode, photo.size) for mode in ('L', 'RGB', 'L')]
     for m,strips,scale in zip(small, maps, scales):
@@ -205,13 +205,16 @@ def save(self:Heatmaps,
     alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = .7, .6 for 'even', 1 for 'pixels'
     cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
     interpolation=None, # 'bicubic', the default, 'bilinear', or 'nearest', which shows the cells
-    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = no photo
+    style=None, # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = no photo
+    slices='cross', # Of volumes, as in `show`
+    spacing=None # Of volumes, as in `show`
 ) -> Path: # The table
     "Write three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv"
     if fmt not in _formats: raise ValueError(f"fmt is {fmt!r}; expected one of {', '.join(_formats)}")
     if interpolation not in (None, 'nearest', 'bilinear', 'bicubic'):
         raise ValueError(f"interpolation is {interpolation!r}; expected 'nearest', 'bilinear' or 'bicubic'")
     if not len(self): raise ValueError("there are no heatmaps to save")
+    self.check_slices(0, slices, spacing)
     names = names or [Path(o).stem for o in self.images.names]
     if len(names)!=len(self): raise ValueError(f"there are {len(names)} names for {len(self)} images: pass one for each")
     scales = self.scales(same_scale) # looks at all maps, once
@@ -221,5 +224,6 @@ def save(self:Heatmaps,
     _check_folder(folder, sum(rows, []), fresh=not overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     for i,row in enumerate(rows):
-        _write(_pictures(self, i, on, look, scales(i)), [folder/r[k] for r in row for k in _kinds], fmt)
+        pics = _pictures(self, i, on, look, scales(i), slices=slices, spacing=spacing)
+        _write(pics, [folder/r[k] for r in row for k in _kinds], fmt)
     return add_rows(folder/'manifest.csv', sum(rows, []))

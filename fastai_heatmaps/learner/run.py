@@ -223,7 +223,11 @@ class PassCallback(Callback):
         xb = self.xb
         if self.change: xb = with_tensors(xb, (self.change(x) if i==self.input else x for i,x in enumerate(tensors_in(xb))))
         self.learn.xb = tuple(map(recordable, xb))
+        if not tensors_in(self.xb):
+            raise ValueError(f"these items give the model a {type(self.xb[0]).__name__}, and no tensor: "
+                             "pass images as its DataLoaders know them, like learn.dls.valid_ds.items[0]")
         model,self.inputs = of_input(self.model, self.xb, self.input)
+        self.stack.enter_context(clear_errors(model, self.inputs[0]))
         self.seen = ifnone(self.seen, model) # which remembers what it has found out about its layers
         self.hooks = self.stack.enter_context(self.watch(self.seen, *self.inputs))
 
@@ -300,7 +304,7 @@ def run_passes(
     if is_single or not person_looks(): learn.remove_cb(ProgressCallback)
     known = dict(vocab=output_names(learn), loss_func=learn.loss_func, score=score, bs=bs, bar=bar, keep=keep)
     cb = PassCallback(watch, use, images.labels, images.input, change, tta, **known)
-    with quiet(learn.model), clear_errors(), cb.stack:
+    with quiet(learn.model), cb.stack:
         cbs = [cb, EndWatch(cb.stack)]
         learn.get_preds(dl=images.dl, act=noop, reorder=False, cbs=cbs, inner=True, with_preds=False, with_targs=False)
     if cb.done!=len(images):

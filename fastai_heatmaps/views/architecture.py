@@ -70,7 +70,7 @@ def show_architecture(self:Learner,
 ): # The Axes
     "Show the parts of the model in the order in which they run, with their outputs for an image as the DataLoaders make it"
     model,(x,_),fig = unwrap(self.model),example_input(self, photo=True),None
-    with clear_errors(): parts = model_parts(model, x, depth=depth)
+    with clear_errors(model, x): parts = model_parts(model, x, depth=depth)
     try: home = _home(parts, default_layer(model, x))
     except ValueError: home = None # a model without maps
     total,longest = _size(model),max(x.shape[2:])

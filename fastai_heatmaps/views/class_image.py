@@ -137,7 +137,7 @@ def class_images(
     shape = (x.shape[1], *size)
     zeros = torch.zeros(1, *shape, device=x.device)
     bar = partial(progress_bar, leave=False) if shows_bars(learn) else noop
-    with quiet(model), clear_errors():
+    with quiet(model), clear_errors(model, zeros):
         if layer is None: goals = _class_goals(learn, model, zeros, prepare, cls, score)
         else: goals = _channel_goals(model, zeros, prepare, layer, channel)
         pics = [to_cpu(excite(goal, shape, steps, seed, device=x.device, bar=bar)) for goal,_ in goals]
