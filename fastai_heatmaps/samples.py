@@ -8,6 +8,7 @@ __all__ = ['demo_labels', 'demo_image', 'demo_model', 'WholeImage', 'demo_learne
 
 # %% ../nbs/60_samples.ipynb #5be037c5
 from fastai.vision.all import *
+from functools import cache
 from importlib import import_module
 import torchvision
 
@@ -21,6 +22,8 @@ _categories = torchvision.models.EfficientNet_B0_Weights.DEFAULT.meta['categorie
 demo_labels = dict(cat='tabby', coffee='espresso', rocket='missile') # photo -> its class, or the nearest of the 1000
 
 # %% ../nbs/60_samples.ipynb #2225a5b6
+_opened = cache(lambda photo: photo()) # a function of skimage's that opens one -> its pixels
+
 def demo_image(
     name:str='cat' # 'cat', 'coffee', 'rocket', or 'cat_coffee', two of them side by side
 ) -> PILImage:
@@ -29,7 +32,7 @@ def demo_image(
     photo = dict(cat='chelsea', coffee='coffee', rocket='rocket')
     parts = str(name).split('_')
     if not set(parts)<=set(photo): raise ValueError(f"no photo {name!r}; there are {', '.join(photo)} and cat_coffee")
-    ims = [PILImage.create(getattr(data, photo[o])()) for o in parts]
+    ims = [PILImage.create(_opened(getattr(data, photo[o]))) for o in parts]
     if len(ims)==1: return ims[0]
     h = min(im.shape[0] for im in ims)
     squares = [im.crop_pad(min(im.size)).resize((h,h)) for im in ims]
