@@ -49,7 +49,7 @@ def slug(s):
     return re.sub(r'[^\w.-]', '', s.lower().replace(' ', '-'))
 
 def outputs(c):
-    "Outputs of `c`, without tables' own styles and what a plotting call returns beside its picture"
+    "Outputs of `c`, without tables' own styles, bars that have gone, and what a plotting call returns beside its picture"
     ds = [o.get('data', {}) for o in c.outputs]
     pics = any({'image/png', 'image/jpeg'} & set(d) for d in ds)
     for d in ds:
@@ -60,7 +60,8 @@ def outputs(c):
         if 'text/markdown' not in d: continue
         md = re.sub(r'\]\(/(?=\w)', '](', ''.join(d['text/markdown']))  # nbdev's links begin at the root of a site
         d['text/markdown'] = papers(md)
-    return [o for o,d in zip(c.outputs, ds) if not (pics and list(d)==['text/plain'])]
+    def nothing(d): return not d.get('text/html', 'other').strip() or pics and list(d)==['text/plain']
+    return [o for o,d in zip(c.outputs, ds) if not nothing(d)]
 
 def documented(md):
     "What show_doc says, without a rule and a source link (there's no git_url for nbdev)"
@@ -162,7 +163,7 @@ def site(dest):
             if c.cell_type=='markdown': c.source = named(c.source)
     for p in {*books}-{'index'}:
         for c in books[p].cells:
-            if max(map(width, c.get('outputs', [])), default=0)>580: c.metadata = dict(mystnb=dict(image=dict(classes='wide')))
+            if max(map(width, c.get('outputs', [])), default=0)>480: c.metadata = dict(mystnb=dict(image=dict(classes='wide')))
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
     toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])
