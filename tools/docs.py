@@ -68,8 +68,8 @@ def documented(md):
     # the name as code, or the underscores of `__call__` make it bold
     md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.partition('\n\nParameters:\n')[0]))
     params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
-    # what is called like a parameter is the parameter, and nothing of fastai's
-    return re.sub(r'\[`(\w+)`\]\(https://docs.fast.ai[^)]*\)', lambda m: f'`{m[1]}`' if m[1] in params else m[0], md)
+    # what is called like a parameter is the parameter, and nothing else of that name
+    return re.sub(r'\[`(\w+)`\]\([^)]*\)', lambda m: f'`{m[1]}`' if m[1] in params else m[0], md)
 
 def papers(s):
     "`s` with links to papers"
@@ -145,6 +145,10 @@ def width(out):
     data = [v for k,v in out.get('data', {}).items() if k in ('image/png', 'image/jpeg')]
     return Image.open(BytesIO(b64decode(''.join(data[0])))).width if data else 0
 
+def aligned(out):
+    "Does the output `out` print columns?"
+    return len(re.findall(r'^\S.*?\S {3,}\S', ''.join(out.get('text', '')), re.M))>2
+
 def toctree(caption, names):
     "A group of the sidebar"
     return mk_cell('\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```']), 'markdown')
@@ -163,7 +167,8 @@ def site(dest):
             if c.cell_type=='markdown': c.source = named(c.source)
     for p in {*books}-{'index'}:
         for c in books[p].cells:
-            if max(map(width, c.get('outputs', [])), default=0)>480: c.metadata = dict(mystnb=dict(image=dict(classes='wide')))
+            if max(map(width, c.get('outputs', [])), default=0)>450: c.metadata.update(mystnb=dict(image=dict(classes='wide')))
+            if any(map(aligned, c.get('outputs', []))): c.metadata.update(tags=['aligned'])
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
     toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])
