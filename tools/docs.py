@@ -167,7 +167,7 @@ def site(dest):
             if c.cell_type=='markdown': c.source = named(c.source)
     for p in {*books}-{'index'}:
         for c in books[p].cells:
-            if max(map(width, c.get('outputs', [])), default=0)>450: c.metadata.update(mystnb=dict(image=dict(classes='wide')))
+            if max(map(width, c.get('outputs', [])), default=0)>460: c.metadata.update(mystnb=dict(image=dict(classes='wide')))
             if any(map(aligned, c.get('outputs', []))): c.metadata.update(tags=['aligned'])
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
