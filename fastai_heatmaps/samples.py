@@ -27,7 +27,7 @@ def demo_image(
     "Open a photo that ships with scikit-image"
     data = _need('skimage.data')
     photo = dict(cat='chelsea', coffee='coffee', rocket='rocket')
-    parts = name.split('_')
+    parts = str(name).split('_')
     if not set(parts)<=set(photo): raise ValueError(f"no photo {name!r}; there are {', '.join(photo)} and cat_coffee")
     ims = [PILImage.create(getattr(data, photo[o])()) for o in parts]
     if len(ims)==1: return ims[0]

@@ -7,6 +7,8 @@ matplotlib.use('Agg')
 import ctypes, gc, sys, numpy as np, pytest, torch
 from collections import Counter
 import forked as fork_server
+if sys.platform=='linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+    for o in (-1, -3): libc.mallopt(o, 2**30) # the same for this process, which has begun, and those forked from it
 ask,answers = fork_server.start() # before this package is imported
 from fastai.vision.all import *
 from fastai_heatmaps.all import *
@@ -16,9 +18,6 @@ from fastai_heatmaps.core.layers import default_layer, find_layers
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o] # fastcore's own `test_eq` and others are no tests of ours
 torch.set_num_threads(1)
-if sys.platform=='linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
-    for o in (-1, -3): ctypes.CDLL(None).mallopt(o, 2**30) # the same for this process, which has begun
-
 
 
 def pytest_addoption(parser):

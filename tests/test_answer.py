@@ -2,6 +2,7 @@
 import pytest
 from conftest import *
 from fastai_heatmaps.views.answer import evidence_above, winners, painted
+from fastai_heatmaps.data.draw import add_legend, wrap_title
 from matplotlib.colors import to_rgb
 from test_no_trace import state, same as unchanged
 
@@ -10,10 +11,10 @@ class Colors(nn.Module):
     "Puts out one channel for each of three colours: how much of it is in a cell, and a linear head makes classes of them"
     def forward(self, x): return F.avg_pool2d(x, 8)
 
-def color_learner(loss=None, block=CategoryBlock):
+def color_learner(loss=None, block=CategoryBlock, label=None):
     "The score of a class is the mean of its colour, and of brightness, which speaks for all"
     names = ['blue','green','red'] # as fastai sorts them
-    label = 'red' if block is CategoryBlock else ['red']
+    if label is None: label = 'red' if block is CategoryBlock else ['red']
     block = DataBlock((ImageBlock, block(vocab=names)), get_x=lambda o: squares(), get_y=lambda o: label, splitter=lambda o: ([0],[0]))
     dls = block.dataloaders([0], bs=1, num_workers=0, device='cpu')
     head = nn.Linear(3, 3, bias=False)
@@ -75,6 +76,37 @@ def test_axes_and_no_trace():
     with draws_nothing(): assert learn.show_answer_map((squares(), 'red'), ctx=ax, layer='0') is ax
     unchanged(before, state(learn.model, learn))
     assert 'truth: red' in ax.get_title()
+
+
+@pytest.mark.parametrize('layout', [None, 'compressed'])
+@pytest.mark.parametrize('size,names', [((9,3), ['daisy 52%','missile 48%']), ((7,2.2), ['Staffordshire bullterrier 61%','german_shorthaired_pointer_dog 20%']+[f'class {i} 3%' for i in range(5)])])
+def test_the_legend_lies_inside_the_axes(layout, size, names):
+    "Beside the picture, in a figure of any kind: nothing is cut off, or lies on a neighbour"
+    fig,axs = plt.subplots(1, 3, figsize=size, layout=layout)
+    for ax in axs:
+        show_image(torch.rand(3, 40, 60), ctx=ax)
+        add_legend(ax, [f'C{i}' for i in range(len(names))], names)
+        wrap_title(ax, ['Egyptian cat 0.12'])
+    fig.draw_without_rendering()
+    for ax in axs:
+        place = ax.get_position(original=True).transformed(fig.transFigure)
+        legend,title = ax.get_legend().get_window_extent(),ax.title.get_window_extent()
+        picture_ends,_ = ax.transData.transform((59.5, 0))
+        assert picture_ends<legend.x0 and legend.x1<=place.x1+1 and place.y0-1<=legend.y0 and legend.y1<=place.y1+1
+        assert abs((title.x0+title.x1)/2-(ax.bbox.x0+picture_ends)/2)<1
+        assert [o.get_text().replace('\n', ' ') for o in ax.get_legend().get_texts()][-1]==names[-1]
+
+
+def test_without_names_of_classes():
+    "All that the model puts out may win; numbers are no classes, however many are named"
+    def unnamed(loss): return color_learner(loss, lambda vocab: TransformBlock(), 2)
+    np.testing.assert_allclose(layers(unnamed(nn.CrossEntropyLoss()).show_answer_map(squares()))[1], layers(color_learner().show_answer_map(squares()))[1])
+    assert {o.split()[0] for o in legend(unnamed(nn.CrossEntropyLoss()).show_answer_map(squares(), cls=[0,2]))}=={'0','2'}
+    for cls in (None, [0], [0,1], [0,7]):
+        with pytest.raises(ValueError, match='gives numbers, and none of them is an answer: use show_gradcam'): unnamed(nn.MSELoss()).show_answer_map(squares(), cls=cls)
+    one = unnamed(nn.CrossEntropyLoss())
+    one.model[1].append(nn.Linear(3, 1))
+    with pytest.raises(ValueError, match='this model has one output'): one.show_answer_map(squares())
 
 
 def test_what_makes_no_sense_is_refused(learn, pics):

@@ -59,16 +59,16 @@ def overlays(hm, folder):
 
 @pytest.mark.slow
 def test_many_at_once(served, small, files, tmp_path):
-    "50 requests by 8 people: each gets the probabilities and words of its own photo, and the picture that `save` draws of it, rather than that of any other question"
+    "24 requests by 6 people: each gets the probabilities and words of its own photo, and the picture that `save` draws of it, rather than that of any other question"
     hms = {(m,c): small.get_heatmaps(files, cls=c, method=m) for m in ('gradcam', 'layercam') for c in ('Red', 'Blue_ish')}
     pics = {(m,c,i): pic for (m,c),hm in hms.items() for i,pic in enumerate(overlays(hm, tmp_path/f'{m}{c}'))}
     rng = random.Random(0)
-    asked = rng.choices(list(pics), k=50)
-    clients = [Client(served.url, verbose=False) for _ in range(8)]
+    asked = rng.choices(list(pics), k=24)
+    clients = [Client(served.url, verbose=False) for _ in range(6)]
     def ask(k):
         m,c,i = asked[k]
-        return served(files[i], c, m, client=clients[k%8])
-    with ThreadPoolExecutor(8) as pool: got = list(pool.map(ask, range(50)))
+        return served(files[i], c, m, client=clients[k%6])
+    with ThreadPoolExecutor(6) as pool: got = list(pool.map(ask, range(24)))
     for (m,c,i),(answer,pic,words) in zip(asked, got):
         p = hms[m,c].preds[i]
         assert answer==pytest.approx(dict(zip(small.dls.vocab, p.tolist())), abs=1e-5)

@@ -123,6 +123,7 @@ def test_drawn_by_a_learner(learn, pics):
     ax = learn.show_gradcam(img, boxes=True, relu=False)
     found, = learn.get_heatmaps([img], relu=False).boxes(on='input')
     assert [tuple(o) for o in found.bbox.tolist()]==[pytest.approx(o) for o in drawn(ax)]
+    assert drawn(learn.compare_heatmaps(img, method='gradcam', relu=False, boxes=True)[1,0])==drawn(ax)
     axs = learn.plot_heatmap_grid(n=2, boxes=.9, seed=0)
     assert sum(len(ax.patches) for ax in axs.flat)>=2
 

@@ -3,7 +3,7 @@ import pytest
 from conftest import *
 from test_no_trace import state, same, prepare, ways, Bomb, Boom
 from fastai_heatmaps.data.images import image_dl
-from fastai_heatmaps.learner.run import blank
+from fastai_heatmaps.learner.run import example_input
 from fastai_heatmaps.views.features import get_conv, filter_grid
 from fastai_heatmaps.views.class_image import Waves, moved, excite
 from fastai_heatmaps.views.architecture import model_parts
@@ -228,7 +228,7 @@ def test_image_of_a_channel(learn):
         kept = []
         h = learn.model[0][4].register_forward_hook(lambda m, i, o: kept.append(o))
         learn.model.eval()
-        with torch.no_grad(): learn.model(blank(learn)[1](pic[None]))
+        with torch.no_grad(): learn.model(example_input(learn)[1](pic[None]))
         h.remove()
         return kept[0][0,c].mean()
     pics = learn.get_class_image(layer='0.4', channel=[3,6], steps=40)
@@ -275,7 +275,7 @@ def test_callers_modes(learn, pics):
 @pytest.mark.slow
 def test_class_image_of_the_demo(demo):
     "After a few steps the model is surer of the class than for a photo of it, and for the noise to start from it was not"
-    i,prepare = list(demo.dls.vocab).index('espresso'),blank(demo)[1]
+    i,prepare = list(demo.dls.vocab).index('espresso'),example_input(demo)[1]
     def p(pic):
         with torch.no_grad(): return demo.model(prepare(pic)).softmax(1)[0,i].item()
     photo = demo.get_heatmaps(demo_image('coffee'), cls='espresso').preds[0,i].item()
@@ -351,3 +351,17 @@ def test_images_opened_by_a_function_of_ones_own(pics):
     learn.dls = DataBlock((TransformBlock(type_tfms=Read(), batch_tfms=IntToFloatTensor()), CategoryBlock), get_items=get_image_files, get_y=label, splitter=IndexSplitter(range(6))).dataloaders(pics, bs=2, num_workers=0, device='cpu')
     assert '3×48×64' in [t.get_text() for t in learn.show_architecture().texts]
     assert learn.get_class_image('Red', steps=2).shape==(1,3,48,64)
+
+
+def test_a_model_for_one_size_without_resizing(tmp_path):
+    "Only a photo has the right size; where there is none, or none is asked, one line says so"
+    for i in range(4): Image.new('RGB', (18,16), (60*i,)*3).save(tmp_path/f'{"ab"[i%2]}_{i}.png')
+    dls = DataBlock((ImageBlock, CategoryBlock(vocab=['a','b'])), get_items=get_image_files, get_y=label, splitter=IndexSplitter([0,1])).dataloaders(tmp_path, bs=2, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)), loss_func=CrossEntropyLossFlat())
+    assert '3×16×18' in [t.get_text() for t in learn.show_architecture().texts]
+    assert learn.get_class_image('a', steps=2, size=(16,18)).shape==(1,3,16,18)
+    learn.export(tmp_path/'learn.pkl')
+    exported = load_learner(tmp_path/'learn.pkl')
+    for f in (exported.show_architecture, partial(learn.get_class_image, 'a', steps=2), partial(learn.get_heatmaps, np.zeros((32,32,3), np.uint8)), partial(model_heatmaps, learn.model, torch.rand(1, 3, 32, 32))):
+        with pytest.raises(ValueError, match='a linear layer of the model gets [0-9]+ numbers and takes 288: ') as e: f()
+        assert '\n' not in str(e.value)

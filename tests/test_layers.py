@@ -202,7 +202,7 @@ def test_suggestions_are_layers_that_work(name):
 
 
 chosen = dict(convit_tiny='blocks.11.norm1', coat_lite_tiny='serial_blocks4.1.norm1', volo_d1_224='post_network.1.norm1', vit_tiny_patch16_224='blocks.11.norm1',
-              swin_tiny_patch4_window7_224='norm', hiera_tiny_224='blocks.11', nest_tiny='norm', resnet18='layer4')
+              swin_tiny_patch4_window7_224='norm', hiera_tiny_224='blocks.11', nest_tiny='norm', tiny_vit_5m_224='stages', resnet18='layer4')
 
 
 @pytest.mark.slow

@@ -594,6 +594,27 @@ def test_opacity_and_scale(browser, hm, page):
     assert browser.js(pixels(1))!=before
 
 
+@pytest.mark.slow
+def test_slices_of_a_volume(browser, tmp_path):
+    "A slider moves slice and map together, from the strongest point on, without a request; a report shows 24 of 48"
+    from test_volumes import one_scan
+    vol,m = torch.linspace(0, 1, 48)[:,None,None].expand(1, 48, 16, 32).clone(),torch.zeros(2, 48, 4, 8)
+    m[0,30],m[1,10,:2] = 1,2
+    one_scan(vol, m, preds=tensor([[.6,.3,.1]]), targs=tensor([0]), vocab=names, asked=None).report(tmp_path/'r.html')
+    browser.open(tmp_path/'r.html').settle()
+    film = "getComputedStyle(document.querySelector('.film img')).top"
+    def state(): return browser.js(f"[document.querySelector('.slices output').textContent, parseFloat({film})/document.querySelector('.film').offsetHeight]")
+    def strength(): return max(browser.js(pixels(1))[3::4])
+    assert state()==['30',pytest.approx(-15, abs=.01)] and strength()>100
+    browser.js("document.querySelector('.slice').focus()")
+    for _ in range(10): browser.key('ArrowLeft')
+    assert state()==['10',pytest.approx(-5, abs=.01)] and strength()==0
+    browser.click('#photo-1 label:nth-of-type(2)')
+    assert strength()>200 and state()[0]=='10' and browser.requests==[] and all('getImageData' in o for o in browser.errors)
+    jpeg = browser.js("(() => { const o = document.querySelector('.film img'); return [o.naturalWidth, o.naturalHeight] })()")
+    assert jpeg==[192,24*96]
+
+
 def test_filter(browser, page):
     "By the predicted and the true class, and by a cell of the matrix; the status says how many"
     browser.open(page).settle()

@@ -36,7 +36,8 @@ def test_any_picture(demo):
     for size in ((31,500), (224,224), (640,480), (1,1)):
         ax = demo.show_gradcam(Image.new('RGB', size, (90,120,60)))
         assert ax.get_title()
-    with pytest.raises(ValueError, match='cat_coffee'): demo_image('dog')
+    for wrong in ('dog', None, 3):
+        with pytest.raises(ValueError, match='cat_coffee'): demo_image(wrong)
 
 
 def test_exported_demo(demo, tmp_path):

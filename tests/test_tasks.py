@@ -173,6 +173,17 @@ def test_a_model_that_already_ends_in_an_activation(pics, act, block, get_y, los
         for method,options in (('occlusion', dict(window=32, stride=32)), ('eigencam', {})): learn.get_heatmaps(method=method, **options)
 
 
+def test_a_small_number_is_no_probability(pics):
+    "A regression may say .0004: nothing is saturated there"
+    learn = task_learner(pics, RegressionBlock(n_out=1), lambda o: 1., loss_func=MSELossFlat())
+    with torch.no_grad():
+        learn.model[1][-1].weight *= 0
+        learn.model[1][-1].bias = nn.Parameter(tensor([.0004]))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert learn.get_heatmaps().preds.max()<.001
+
+
 def test_the_logit_behind_a_sigmoid():
     "`score=torch.logit` gives the maps of the model without its sigmoid; those of the probability are p(1-p) times as strong"
     torch.manual_seed(0)

@@ -1,9 +1,10 @@
 """Volumes (n, C, D, H, W): each method by its formula along three axes, the layers of 3-D nets, a Learner of volumes, and how they are drawn.
 By hand where that is short; elsewhere a method must not care which axis comes first, and a volume of one slice must have the map of a picture."""
-import pytest
+import pytest, warnings
 from conftest import *
 from fastai_heatmaps.core.layers import as_map
-from fastai_heatmaps.data.volumes import find_slices, lay
+from fastai_heatmaps.data.volumes import find_slices, lay, strongest_point
+from fastai_heatmaps.views.explore import _png
 
 size = 4,6,8 # of the small volumes, each side another one
 options = {'smooth_gradcam++': dict(n=2, noise=0), 'smoothgrad': dict(n=2, noise=0), 'integrated_gradients': dict(steps=3), 'occlusion': dict(window=2, stride=1), 'scorecam': dict(channels=3)}
@@ -284,6 +285,19 @@ def test_two_volumes():
     assert model_heatmaps(model, (v,p))[0].shape==(2,1,4,4,4) and model_heatmaps(model, (v,p), input=1)[0].shape==(2,1,8,8)
 
 
+def test_a_video_transformer_without_a_map_is_doubted():
+    "In an MViT tokens attend to all places after the last map; a 3-D ResNet raises no doubt"
+    from torchvision.models.video.mvit import MViT, MSBlockConfig
+    block = dict(num_heads=1, kernel_q=[3]*3, kernel_kv=[3]*3, stride_kv=[1,2,2])
+    blocks = [MSBlockConfig(input_channels=16, output_channels=16 if s==1 else 32, stride_q=[1,s,s], **block) for s in (1,2)]
+    blocks.append(MSBlockConfig(input_channels=32, output_channels=32, stride_q=[1]*3, **block))
+    model = MViT(spatial_size=(32,32), temporal_size=4, block_setting=blocks, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True, proj_after_attn=True, num_classes=3)
+    with pytest.warns(UserWarning, match='attend to all places of the volume'): default_layer(model, torch.randn(1, 3, 4, 32, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert default_layer(ResNet3d().eval(), torch.randn(1, 1, 8, 8, 8)) is not None
+
+
 # ---- the evidence lies where it is known to be
 
 class Place(nn.Module):
@@ -376,18 +390,32 @@ def test_a_learner_of_volumes(scan_learn, scans):
     torch.testing.assert_close(scan_learn.get_heatmaps(method='saliency').maps.shape, torch.Size([5,1,8,16,16]))
 
 
-@pytest.mark.parametrize('kind', ['a function', 'pairs', 'arrays'])
+@pytest.mark.parametrize('kind', ['a function', 'pairs', 'arrays', 'arrays to the end'])
 def test_items_of_any_kind(kind, scans):
     "Opened by a function, or in memory beside their labels; as the dataset has them, or as they come out of it"
     x = [load_scan(o) for o in scans]
     labels = [label(o) for o in scans]
     if kind=='a function': learn,items = scan_learner(TransformBlock(type_tfms=load_scan), scans, label),scans
     else:
-        items = list(zip([o.numpy() for o in x] if kind=='arrays' else x, labels))
+        items = list(zip([o.numpy() for o in x] if 'arrays' in kind else x, labels))
         learn = scan_learner(TransformBlock(type_tfms=tensor if kind=='arrays' else None), items, ItemGetter(1), get_x=ItemGetter(0))
     want,_ = model_heatmaps(learn.model, x[0][None], cls=1)
-    ways = [items[0], x[0], (x[0], 'b'), learn.dls.valid_ds[0]] + ([x[0].numpy()] if kind=='arrays' else [])
+    ways = [items[0], x[0], (x[0], 'b'), learn.dls.valid_ds[0], (x[0].numpy(), 'b')]
+    if kind!='arrays to the end': ways.append(x[0].numpy().astype('float64')) # which fastai makes float32 where it makes a tensor
     for item in ways: torch.testing.assert_close(learn.get_heatmaps([item], cls=1).maps, want)
+
+
+def test_volumes_with_other_axes(scan_learn, scans):
+    "Without channels or a batch, or a batch in place of one: one line that says what the model takes"
+    x = torch.stack([load_scan(o) for o in scans[:2]])
+    for wrong in (x[0,0], x[0,0].numpy(), x):
+        with pytest.raises(ValueError, match=r'takes volumes \(n, C, D, H, W\), and this batch is \(1, ') as e: scan_learn.show_gradcam(wrong)
+        assert '\n' not in str(e.value)
+    for wrong in (x[0], x[:,0], x[None]):
+        with pytest.raises(ValueError, match='takes volumes|expected a batch'): model_heatmaps(ResNet3d().eval(), wrong)
+    with pytest.raises(ValueError, match=r'takes pictures \(n, C, H, W\)'): model_heatmaps(narrow18(), torch.randn(1, 3, 4, 32, 32))
+    learn = scan_learner(TransformBlock(), list(zip(x.repeat(6,1,1,1,1), 'abcd'*3)), ItemGetter(1), get_x=ItemGetter(0))
+    with pytest.raises(ValueError, match='give the model a tuple, and no tensor'): learn.show_gradcam('scan.npy')
 
 
 def test_plain_loaders(scans):
@@ -465,6 +493,35 @@ def test_grey_values():
     assert windowed(torch.ones(1, 2, 2, 2)).isfinite().all()
 
 
+def test_pictures_of_slices_are_saved(tmp_path):
+    "As `show` draws them, with slices of these proportions"
+    hm = one_scan(torch.rand(1, 4, 8, 16), torch.rand(1, 4, 8, 16))
+    hm.save(tmp_path, slices=(0,2,3), spacing=(3,1,1))
+    h,w = hm.image(0, (0,2,3), (3,1,1)).shape[1:]
+    assert {Image.open(o).size for o in tmp_path.glob('*.png')}=={(w,h)}
+    over = np.array(Image.open(first(tmp_path.glob('*-overlay.png'))))
+    pic,maps = hm.view(0, slices=(0,2,3), spacing=(3,1,1))
+    free = maps[0].nan_to_num(1).abs().numpy()<.02 # there the volume shows as it is
+    assert free.sum()>50 and np.abs(over/255-pic.permute(1, 2, 0).numpy())[free].max()<.05
+
+
+def test_a_map_goes_with_its_image():
+    vol,pic,m = torch.rand(1, 4, 8, 8),torch.rand(3, 8, 8),torch.rand(2, 4, 4)
+    for img,o in ((vol, m[0]), (pic, m)):
+        with pytest.raises(ValueError, match=r'expected a map \(h, w\) of a picture') as e: show_overlay(img, o)
+        assert '\n' not in str(e.value)
+    show_overlay(vol, m)
+    show_overlay(pic, m[0])
+
+
+def test_slices_are_of_volumes(learn, pics, tmp_path):
+    hm = learn.get_heatmaps(get_image_files(pics)[:1])
+    for kw in (dict(slices='montage'), dict(spacing=(1,2,3)), dict(slices=np.array([1,2,3])), dict(slices='max', on='original')):
+        for f in (hm.show, hm.plot, partial(hm.save, tmp_path/'none')):
+            with pytest.raises(ValueError, match='slices and spacing are for volumes'): f(**kw)
+    assert not (tmp_path/'none').exists()
+
+
 @pytest.mark.slow
 def test_all_figures(scan_learn, tmp_path):
     hm = scan_learn.get_heatmaps(cls=['a','c'])
@@ -486,6 +543,24 @@ def test_what_is_for_pictures_says_so(scan_learn):
                     (scan_learn.heatmap_focus, 'pictures')):
         with pytest.raises(ValueError, match=match) as e: f()
         assert '\n' not in str(e.value)
+
+
+def test_explore_slices(scan_learn, scans):
+    "A slider moves the slice across the depth, from the strongest point on, and stays where it is; the two others go through the strongest point of the class"
+    pytest.importorskip('ipywidgets')
+    ui = scan_learn.explore_heatmaps(scans[0], 'a', spacing=(2,1,1))
+    classes,*_,depth = ui.children[0].children
+    pic,hms = ui.children[2],scan_learn.get_heatmaps(scans[0], cls=['a','b'])
+    def drawn(j, d):
+        hm = hms.replace(maps=hms.maps[:,j:j+1], cls=hms.cls[:,j:j+1])
+        _,*rest = strongest_point(hm.maps[0][0], (8,16,16))
+        return _png(hm, hm.image(0, (d,*rest), (2,1,1)), .7)
+    at,*_ = strongest_point(hms.maps[0][0], (8,16,16))
+    assert (depth.value,depth.min,depth.max)==(at,0,7) and pic.value==drawn(0, at)
+    depth.value = (at+3)%8
+    assert pic.value==drawn(0, (at+3)%8)!=drawn(0, at)
+    classes.value = 1
+    assert depth.value==(at+3)%8 and pic.value==drawn(1, (at+3)%8)
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ def _with_influence(model, names, dense, *xb): # layers with several cells that 
     return [n for n,g in zip(names, grads) if g is not None and as_map(g, xb[0]).abs().sum(1).count_nonzero()>1]
 
 # %% ../../nbs/02_core.layers.ipynb #ly000005
-def _candidates(model, *xb): # maps of layers that may do, shapes of all outputs, both by name; is the answer a map too?
+def _candidates(model, *xb): # maps of layers that may do, shapes of all outputs, by name; is the answer a map; attention layers
     with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,callers):
         model(*[x[:1] for x in xb])
     maps = map_shapes(shapes, xb[0])
@@ -226,26 +226,34 @@ def _candidates(model, *xb): # maps of layers that may do, shapes of all outputs
     def counts(m): return m is not model and not isinstance(m, _pools) and not attend & set(callers.get(m, ()))
     maps = {n:s for n,s in maps.items() if counts(model.get_submodule(n))}
     if dense: maps = {n:s for n,s in maps.items() if s[1]!=shapes[''][1]} or maps # the features, not the classes made of them
-    return maps,shapes,dense
+    return maps,shapes,dense,[n for n,m in model.named_modules() if m in attend]
+
+def _loses_places(maps, shapes, attend, x): # do layers after the last map of volumes attend? Their tokens have no known place
+    if x.ndim!=5 or not maps: return False
+    names = list(shapes)
+    after = names[names.index(last(maps))+1:]
+    return any(n==o or n.startswith(f'{o}.') for n in after for o in attend)
 
 def usable_layers(
     model:nn.Module, # Any model
     *xb:Tensor # Its inputs, of which the first image is used
-) -> tuple: # name -> shape (n, C, h, w) of the map, in the order in which they finish; is it sure that they are maps?
+) -> tuple: # name -> shape (n, C, h, w) of the map, in the order in which they finish; why they may be no maps, or ''
     "Find the layers with maps that show what the answer rests on"
-    maps,shapes,dense = _candidates(model, *xb)
+    maps,shapes,dense,attend = _candidates(model, *xb)
+    if _loses_places(maps, shapes, attend, xb[0]):
+        return maps,"layers after them attend to all places of the volume (methods of pixels, such as 'saliency', look at no layer)"
     are_tokens = any(s!=shapes[n] for n,s in maps.items())
     sizes = [math.prod(s[2:]) for s in maps.values()]
     doubtful = are_tokens or bool(sizes) and not dense and sizes[-1]>min(sizes)
-    if not doubtful and not dense: return maps,True
+    if not doubtful and not dense: return maps,''
     late = list(maps)[-8 if dense else -64:]
     late = _with_influence(model, late, dense, *xb) or late
-    if not doubtful: return {n:maps[n] for n in late},True
+    if not doubtful: return {n:maps[n] for n in late},''
     for names in filter(None, (late[-8:], late[:-8])): # most often the last will do
         shown = places_shown(model, [model.get_submodule(n) for n in names], *xb)
         clear = [n for n,k in zip(names, shown) if k>=_enough]
-        if clear: return {n:maps[n] for n in clear},True
-    return {n:maps[n] for n in late},False
+        if clear: return {n:maps[n] for n in clear},''
+    return {n:maps[n] for n in late},'a change in one place of the picture does not show most there'
 
 # %% ../../nbs/02_core.layers.ipynb #ee5c5ffb
 def _some(maps): # names and sizes, the last ones first
@@ -272,12 +280,11 @@ def default_layer(
 ) -> nn.Module:
     "Find the body of a `Sequential(body, head)`, or in any other model the last layer with a map of what the answer rests on"
     if is_body_and_head(model): return model[0]
-    maps,sure = usable_layers(model, *xb)
+    maps,doubt = usable_layers(model, *xb)
     if not maps: raise no_map('there is no default layer', model, *xb)
     name = last(maps)
-    if not sure:
-        warn(f"it is not certain that the maps of this {model._get_name()} show what is where: "
-             "a change in one place of the picture does not show most there. "
+    if doubt:
+        warn(f"it is not certain that the maps of this {model._get_name()} show what is where: {doubt}. "
              f"The default is '{name}'; if it looks wrong, name another layer, such as {_some(maps)}")
     return model.get_submodule(name)
 

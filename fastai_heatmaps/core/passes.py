@@ -225,15 +225,34 @@ def with_bar(
     return progress_bar(places, leave=False) if person_looks() and len(places)>20 else places
 
 # %% ../../nbs/06_core.passes.ipynb #561e33aa
+_axes = {3: 'signals (n, C, L)', 4: 'pictures (n, C, H, W)', 5: 'volumes (n, C, D, H, W)'}
+
+def _wrong_axes(model, x): # what to do about a batch with too many axes or too few, by the model's convolutions; None = no telling
+    wanted = {len(m.kernel_size)+2 for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    if len(wanted)!=1 or x.ndim in wanted: return
+    n, = wanted
+    todo = ('where the axis of the batch or of channels is missing, add it with x[None]' if x.ndim<n else
+            'a Learner takes one of them without its axis n, or a list of such')
+    return f"the model takes {_axes[n]}, and this batch is {tuple(x.shape)}: {todo}"
+
 @contextmanager
-def clear_errors():
-    "Explain in a ValueError what to do where the images have the wrong number of channels"
+def clear_errors(
+    model:nn.Module,
+    x:Tensor # The input that is explained
+):
+    "Explain in a ValueError what to do where the images have the wrong number of axes or channels, or the wrong size"
     try: yield
-    except RuntimeError as e:
+    except (RuntimeError, IndexError, ValueError) as e:
+        if isinstance(e, ValueError) and not re.search(r'expected \d\w? input', str(e)): raise # but that of a BatchNorm
+        if wrong := _wrong_axes(model, x): raise ValueError(wrong) from e
         chans = re.search(r'to have (\d+) channels, but got (\d+)', str(e))
-        if not chans: raise
-        raise ValueError(f"the images have {chans[2]} channels and the model takes {chans[1]}: "
-                         f"convert the images, or make the model with n_in={chans[2]}") from e
+        if chans:
+            raise ValueError(f"the images have {chans[2]} channels and the model takes {chans[1]}: "
+                             f"convert the images, or make the model with n_in={chans[2]}") from e
+        sizes = re.search(r'shapes cannot be multiplied \(\d+x(\d+) and (\d+)x', str(e))
+        if not sizes: raise
+        raise ValueError(f"a linear layer of the model gets {sizes[1]} numbers and takes {sizes[2]}: "
+                         "the model is made for images of another size: take the one that it was trained with") from e
 
 # %% ../../nbs/06_core.passes.ipynb #ps000008
 class Pass:
@@ -290,7 +309,7 @@ class Pass:
 
     def explain(self, method, idxs, relu=None):
         "Give the maps (n, k, h, w) of the classes `idxs` by a `Method`, float32 on the CPU; and what it reports, name -> (n, k)"
-        if method.by_gradients: warn_if_saturated(self.scores if self.score else self.pred, idxs)
+        if method.by_gradients and self.task.ranked: warn_if_saturated(self.scores if self.score else self.pred, idxs)
         (maps,*others),infos = zip(*[ran.ask(method, idxs) for ran in (self, *self.moved)])
         if others: maps = mean_of_views(maps, others, self.x.shape[-2:])
         info = {k:torch.stack([o[k] for o in infos]).mean(0) for k in infos[0]}
@@ -308,7 +327,7 @@ class Pass:
     @contextmanager
     def again(self):
         "Put the model into the state in which it ran"
-        with quiet(self.model), clear_errors(), restoring(thread_modes()):
+        with quiet(self.model), restoring(thread_modes()):
             self.autocast().__enter__()
             yield
 
@@ -374,7 +393,7 @@ def model_heatmaps(
     model,xb = of_input(unwrap(model), tuplify(xb), input)
     _check_batch(xb)
     check_bs(bs)
-    with quiet(model), clear_errors():
+    with quiet(model), clear_errors(model, xb[0]):
         xb = tuple(map(recordable, xb))
         with f.watch(model, *xb, layer=layer) as hooks: pred = model(*xb)
         ran = Pass(model, xb, pred, hooks, score=score, bs=bs, bar=ifnone(bar, person_looks()))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['styles', 'color_scale', 'styled', 'enlarged', 'half_line', 'lay_map', 'color_words', 'add_bar', 'show_overlay',
-           'regions', 'draw_boxes', 'wrap_title', 'name_row', 'show_scales', 'new_panels', 'as_png']
+           'regions', 'draw_boxes', 'wrap_title', 'title_height', 'name_row', 'add_legend', 'show_scales', 'new_panels',
+           'as_png', 'figure_pixels']
 
 # %% ../../nbs/22_data.draw.ipynb #dr000003
 from fastai.vision.core import *
@@ -12,9 +13,11 @@ from fastai.vision.data import *
 from fastai.basics import *
 from ..core.no_trace import no_trace
 from .volumes import windowed, as_sheet, find_slices, lay
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import interpolations_names
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from scipy import ndimage # which comes with fastai
@@ -153,6 +156,9 @@ def show_overlay(
     **kwargs
 ): # The Axes
     "Draw `hmap` over `img`, that of a volume over slices through its strongest point"
+    if hmap.ndim!=(3 if img.ndim==4 else 2):
+        raise ValueError(f"the map is {tuple(hmap.shape)} and the image {tuple(img.shape)}; "
+                         "expected a map (h, w) of a picture (C, H, W), or (d, h, w) of a volume (C, D, H, W)")
     scale = color_scale([hmap])
     if img.ndim==4: img = as_sheet(windowed(img), find_slices('cross', hmap, img.shape[1:]))
     if hmap.ndim==3: hmap, = lay(hmap[None], img.slices, 'bicubic')
@@ -205,12 +211,15 @@ def _wrap(line, width, size, ends=' /_'): # lines that are as wide as `width` po
             lines[-1:] = lines[-1][:n],lines[-1][n:]
     return [l.rstrip(' ') for l in lines]
 
+def _widest(lines, size): # how wide the widest of their words is
+    return max([_points(word.rstrip(' '), size) for l in lines for word in re.split(r'(?<=[ /_])', l)], default=0)
+
 # %% ../../nbs/22_data.draw.ipynb #dr000041
 def _width(ax): # of `ax`, in points, and no wider than the picture in it
     box,(w,h) = ax.get_position(),72*ax.figure.get_size_inches()
     if not ax.images: return box.width*w
-    left,right,bottom,top = ax.images[0].get_extent()
-    return min(box.width*w, box.height*h*abs((right-left)/(bottom-top)))
+    (left,right,*_),xs,ys = ax.images[0].get_extent(),ax.get_xlim(),ax.get_ylim()
+    return abs(right-left)*min(box.width*w/abs(xs[1]-xs[0]), box.height*h/abs(ys[1]-ys[0]))
 
 # %% ../../nbs/22_data.draw.ipynb #e289080b
 def wrap_title(
@@ -221,10 +230,17 @@ def wrap_title(
 ):
     "Title `ax` with `lines`, wrapped so that none is wider than the Axes"
     width = max(_width(ax), 60)
-    widest = max([_points(word.rstrip(' '), size) for l in lines for word in re.split(r'(?<=[ /_])', l)], default=0)
+    widest = _widest(lines, size)
     if widest>width: size = max(size*width/widest, 6)
     text = '\n'.join(o for l in lines for o in _wrap(l, width, size))
     ax.set_title(text, fontsize=size, color=color, parse_math=False)
+
+# %% ../../nbs/22_data.draw.ipynb #dr000066
+def title_height(
+    titles # Each a list of lines, as for `wrap_title`
+) -> float: # Inches, for two lines at least
+    "Guess how high the longest of `titles` gets above a panel of two inches"
+    return .17*max(2, *(sum(1+len(o)//20 for o in lines) for lines in titles))
 
 # %% ../../nbs/22_data.draw.ipynb #dr000063
 def name_row(
@@ -237,6 +253,34 @@ def name_row(
     text = '\n'.join(o for l in str(name).split('\n') for o in _wrap(l, high, 10, ' /_-'))
     ax.annotate(text, (0,.5), (-6,0), 'axes fraction', 'offset points', rotation=90, ha='right', va='center',
                 multialignment='center', fontsize=10, color=color, parse_math=False)
+
+# %% ../../nbs/22_data.draw.ipynb #dr000081
+def add_legend(
+    ax, # A matplotlib Axes, with a picture on it
+    colors:list, # As matplotlib takes them
+    names:list # Of text, one for each
+):
+    "Name colours beside the picture on `ax`, which makes room for them"
+    left,right,bottom,top = ax.images[0].get_extent()
+    shape,fig = abs((bottom-top)/(right-left)),ax.figure
+    moves = fig.get_layout_engine() is not None # the Axes get their size when the figure is drawn
+    for _ in range(1+moves):
+        box,(w,h) = ax.get_position(original=True),72*fig.get_size_inches()
+        w,h = w*box.width,h*box.height
+        for size,part in ((9,.45), (8,.45), (7,.5), (6,.6)):
+            room = max(part*w, w-h/shape)-3*size
+            lines = [_wrap(o, room, size) for o in names]
+            high = size*(1.2*sum(map(len, lines))+.4*len(lines))
+            if high<=h and _widest(names, size)<=room: break
+        wide = max(_points(o, size) for l in lines for o in l)+3*size
+        px = (right-left)/min(w-wide, h/shape) # of the picture, in a point
+        whole = right-left+wide*px
+        ax.set(xlim=(left, left+whole), ylim=(max(bottom, top+high*px), top))
+        ax.title.set_x((right-left)/whole/2)
+        ax.legend([Patch(color=c) for c in colors], ['\n'.join(o) for o in lines], fontsize=size, frameon=False,
+                  loc='upper left', bbox_to_anchor=((right-left+size*px)/whole, 1), borderpad=0, borderaxespad=0,
+                  handlelength=1, handletextpad=.5, labelspacing=.4)
+        if moves: fig.draw_without_rendering()
 
 # %% ../../nbs/22_data.draw.ipynb #dr000043
 def show_scales(
@@ -279,3 +323,12 @@ def as_png(
     fig.savefig(buf, format='png', bbox_inches='tight', **kwargs)
     plt.close(fig)
     return buf.getvalue()
+
+# %% ../../nbs/22_data.draw.ipynb #dr000064
+def figure_pixels(
+    fig # A matplotlib Figure
+) -> np.ndarray: # uint8 (H, W, 4)
+    "Draw `fig`, and give its pixels"
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())

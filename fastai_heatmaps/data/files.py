@@ -11,10 +11,9 @@ from fastai.basics import *
 from ..core.no_trace import no_trace
 from .drawn import drawn_by, is_drawn
 from .photo import photo_strips, on_photo
-from .draw import styled, enlarged, half_line
+from .draw import styled, enlarged, half_line, figure_pixels
 from .heatmaps import Heatmaps
 from .. import __version__
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from filelock import FileLock, Timeout # which comes with torch
 from itertools import count
 from uuid import uuid4
@@ -121,14 +120,14 @@ def marked_exif(): # The EXIF data, as Pillow takes them
     return exif
 
 # %% ../../nbs/24_data.files.ipynb #ph000021
-def _laid(hm, i, on, interpolation): # image `i` in RGB; its maps, small; the strips of each, as from `photo_strips`
+def _laid(hm, i, on, interpolation, **where): # image `i` in RGB; its maps, small; the strips of each, as from `photo_strips`
     if on=='original':
         photo,grid = hm.images.photo(i)
         size = photo.size[::-1]
         small = on_photo(hm.maps[i], grid, [max(1, round(o*min(512/max(size), 1))) for o in size], interpolation)
         strips = [photo_strips(m[None], grid, size, interpolation) for m in hm.maps[i]]
     else:
-        img,small = hm.view(i, on)
+        img,small = hm.view(i, on, **where)
         maps = enlarged(small, img.shape[1:], interpolation)
         photo = Image.fromarray((255*img.expand(3, -1, -1)).round().byte().permute(1, 2, 0).numpy())
         strips = [[(0, m[None])] for m in maps]
@@ -149,19 +148,18 @@ def _draw_line(pic, m, scale, interpolation): # the line of `half_line` round wh
     (w,h),dpi = pic.size,max(pic.height/4, 80)
     rows = min(h, max(2**20//w, 1))
     fig = plt.Figure(((w+.1)/dpi, (rows+.1)/dpi), dpi=dpi)
-    canvas,ax = FigureCanvasAgg(fig),fig.add_axes([0, 0, 1, 1])
+    ax = fig.add_axes([0, 0, 1, 1])
     fig.patch.set_alpha(0)
     ax.set_axis_off()
     half_line(ax, m.float(), (0, w, h, 0), interpolation=interpolation, **scale)
     for top in range(0, h, rows):
         ax.set(xlim=(0, w), ylim=(top+rows, top))
-        canvas.draw()
-        line = Image.fromarray(np.asarray(canvas.buffer_rgba())[:h-top])
+        line = Image.fromarray(figure_pixels(fig)[:h-top])
         pic.paste(line, (0, top), line)
 
 # %% ../../nbs/24_data.files.ipynb #6be3598c
-def _pictures(hm, i, on, look, scales): # the `_kinds` of each map of image `i`; the next may overwrite the last
-    photo,small,maps = _laid(hm, i, on, look['interpolation'])
+def _pictures(hm, i, on, look, scales, **where): # the `_kinds` of each map of image `i`; the next may overwrite the last
+    photo,small,maps = _laid(hm, i, on, look['interpolation'], **where)
     w,h = photo.size
     grey,colours,opacity = pics = [Image.new(mode, photo.size) for mode in ('L', 'RGB', 'L')]
     for m,strips,scale in zip(small, maps, scales):
@@ -207,13 +205,16 @@ def save(self:Heatmaps,
     alpha=None, # Opacity of the map at the ends of the scale: 0 to 1; None = .7, .6 for 'even', 1 for 'pixels'
     cmap=None, # A matplotlib colormap; None = that of the style; where values may be negative, red is for and blue against
     interpolation=None, # 'bicubic', the default, 'bilinear', or 'nearest', which shows the cells
-    style=None # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = no photo
+    style=None, # 'fade' = as opaque as it is strong, a line round the stronger half; 'even' = equally opaque; 'pixels' = no photo
+    slices='cross', # Of volumes, as in `show`
+    spacing=None # Of volumes, as in `show`
 ) -> Path: # The table
     "Write three pictures for each map, `NAME-CLASS-map`, `-heatmap` and `-overlay`, and their rows into the table manifest.csv"
     if fmt not in _formats: raise ValueError(f"fmt is {fmt!r}; expected one of {', '.join(_formats)}")
     if interpolation not in (None, 'nearest', 'bilinear', 'bicubic'):
         raise ValueError(f"interpolation is {interpolation!r}; expected 'nearest', 'bilinear' or 'bicubic'")
     if not len(self): raise ValueError("there are no heatmaps to save")
+    self.check_slices(0, slices, spacing)
     names = names or [Path(o).stem for o in self.images.names]
     if len(names)!=len(self): raise ValueError(f"there are {len(names)} names for {len(self)} images: pass one for each")
     scales = self.scales(same_scale) # looks at all maps, once
@@ -223,5 +224,6 @@ def save(self:Heatmaps,
     _check_folder(folder, sum(rows, []), fresh=not overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     for i,row in enumerate(rows):
-        _write(_pictures(self, i, on, look, scales(i)), [folder/r[k] for r in row for k in _kinds], fmt)
+        pics = _pictures(self, i, on, look, scales(i), slices=slices, spacing=spacing)
+        _write(pics, [folder/r[k] for r in row for k in _kinds], fmt)
     return add_rows(folder/'manifest.csv', sum(rows, []))

@@ -102,6 +102,7 @@ class Heatmaps:
         x:Tensor=None # Decode this one in its place: (channels, H, W), or a volume
     ) -> Tensor: # (channels, H, W) in 0 to 1; of a volume the `Sheet` that `show` draws
         "Decode an image as the model saw it"
+        self.check_slices(i, slices, spacing)
         img = self.images.image(i, x)
         return img if img.ndim==3 else as_sheet(img, find_slices(slices, self.maps[i][0], img.shape[1:], spacing))
 
@@ -219,6 +220,17 @@ def check_pictures(self:Heatmaps,
     if not len(self) or self.maps[0].ndim==3: return
     raise ValueError(f"{what} for pictures, and these are heatmaps of volumes: their maps are in `maps`, (n, k, d, h, w)")
 
+# %% ../../nbs/23_data.heatmaps.ipynb #hm000032
+@patch
+def check_slices(self:Heatmaps,
+    i:int, # Which image
+    slices, # As for `show`
+    spacing # As for `show`
+):
+    "Raise ValueError if slices are asked for and this is a heatmap of a picture"
+    if self.maps[i].ndim==4 or spacing is None and isinstance(slices, str) and slices=='cross': return
+    raise ValueError("slices and spacing are for volumes, and this is a heatmap of a picture: leave them out")
+
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000004
 def _check_on(on):
     if on in ('input', 'original'): return
@@ -238,6 +250,7 @@ def view(self:Heatmaps,
     if on=='input':
         img = self.image(i, slices, spacing)
         return img,self.laid(i, img, interpolation)
+    self.check_slices(i, slices, spacing)
     maps = self.maps[i].float()
     photo,grid = self.images.photo(i, limit)
     if photo.mode not in ('L', 'RGB'): photo = photo.convert('RGB')

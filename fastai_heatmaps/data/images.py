@@ -110,13 +110,13 @@ def takes_several(
     "Ask whether an item makes several inputs for the model, or a tuple of pictures such as fastai's `ImageTuple`"
     tl = input_list(getattr(dls, 'valid_ds', None))
     if not isinstance(tl, TfmdLists): return False
-    return getattr(dls, 'n_inp', 1)>1 or bool(_types(tl, tuple)) and not _types(tl, PILBase, Tensor)
+    return getattr(dls, 'n_inp', 1)>1 or bool(_types(tl, tuple)) and not _types(tl, PILBase, Tensor, np.ndarray)
 
 # %% ../../nbs/20_data.images.ipynb #im000007
 def image_class(
     dls:DataLoaders # A Learner's, even of one that was exported
 ) -> type:
-    "Find the class that images are opened as; `Tensor`, or one of its kind, where the user's own function makes them"
+    "Find the class that images are opened as; `np.ndarray`, `Tensor` or one of its kind, where a function of the user's makes them"
     no_images = ValueError("the DataLoaders of this Learner take no images: heatmaps are for image models")
     tl = input_list(getattr(dls, 'valid_ds', None))
     if hasattr(tl, 'cont_names'): raise no_images # a table
@@ -127,7 +127,8 @@ def image_class(
         raise ValueError("this Learner takes several inputs, not one image: "
                          "pass a DataLoader of items as it knows them, dl=learn.dls.test_dl(items)")
     types = _types(tl, PILBase, TensorImageBase)
-    if not types and (not len(tl) or getattr(tl[0], 'ndim', 0) in (3,4)): types = _types(tl, Tensor) # as scans become, but not words
+    if not types and (not len(tl) or getattr(tl[0], 'ndim', 0) in (3,4)): # as scans become, but not words
+        types = _types(tl, Tensor, np.ndarray)
     if not types: raise no_images
     return types[0]
 
@@ -167,6 +168,12 @@ def _entry(tl, o): # at which transform of `tl` an item like `o` enters: the fir
     finished = len(types)-1
     return next((i for i in (0, finished, *range(1, finished)) if isinstance(o, types[i])), 0)
 
+def _finished(tl, o): # an array or a tensor of no class that `tl` knows, as one of the class that `tl` makes
+    made,known = tl.types[-1],tuple(t for o in tl.types for t in listify(o))
+    if not isinstance(o, (Tensor, np.ndarray)) or isinstance(o, known) or not isinstance(made, type): return o
+    if issubclass(made, Tensor): return tensor(o).as_subclass(made)
+    return to_np(o) if issubclass(made, np.ndarray) else o
+
 # %% ../../nbs/20_data.images.ipynb #e0b82b94
 def _test_dl(dls, items, bs, **kwargs): # in the order of `items`; with a few of them, no workers are started
     bs = bs or dls.valid.bs
@@ -185,7 +192,9 @@ def image_dl(
         if upright:
             raise ValueError("this Learner opens images by a function of its own, which would have to turn them: "
                              "leave upright out")
-        return _test_dl(dls, items, bs, rm_type_tfms=_entry(input_list(dls.valid_ds), items[0]))
+        tl = input_list(dls.valid_ds)
+        items = [_finished(tl, o) for o in items]
+        return _test_dl(dls, items, bs, rm_type_tfms=_entry(tl, items[0]))
     sample = cls(Image.new(cls._open_args.get('mode') or 'RGB', (1,1)))
     dl = _test_dl(dls, items, bs, rm_type_tfms=input_list(dls.valid_ds).infer_idx(sample))
     tl = input_list(dl.dataset)

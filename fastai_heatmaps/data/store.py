@@ -89,21 +89,19 @@ def read_part(
         with np.load(file, allow_pickle=False) as z: return _as_heatmaps(dict(z.items()), n, run)
     except Exception as e: # anything may be in the file
         reason = ' '.join(str(e).split()) or type(e).__name__
-        raise ValueError(f"{file} is damaged ({reason}): "
-                         "run get_heatmaps with the same arguments again, which makes it anew") from None
+        raise ValueError(f"{file} is damaged ({reason}); it is made anew by get_heatmaps with the same arguments") from None
 
 # %% ../../nbs/25_data.store.ipynb #99e2ddea
 class FolderTaken(FileExistsError, ValueError):
     "A folder that holds something else, and is left as it is"
 
-def _is_place(o): return type(o)==int and o>=0
+_types = dict(n=int, part=int, places=list, names=list, vocab=(list, type(None)), thresh=(int, float), items=str, samples=list)
 
 def _is_run(run): # is this what `run_info` writes?
-    n,part,places,names = [run[k] for k in ('n', 'part', 'places', 'names')]
-    return (type(n)==type(part)==int and part>0 and type(places)==type(names)==list and len(places)==len(names)==n>0
-            and all(map(_is_place, places)) and all(isinstance(o, str) for o in names)
-            and isinstance(run['vocab'], (list, type(None))) and type(run['thresh']) in (int, float)
-            and isinstance(run['items'], str) and isinstance(run['samples'], list) and _is_place(run.get('input', 0)))
+    if not all(type(run[k]) in tuplify(t) for k,t in _types.items()): return False
+    places,names = run['places'],run['names']
+    return (run['part']>0 and len(places)==len(names)==run['n']>0 and {type(o) for o in names}=={str}
+            and all(type(o)==int and o>=0 for o in (*places, run.get('input', 0))))
 
 def read_run(
     folder:Path # Of the store
@@ -146,7 +144,7 @@ def run_info(
                transforms=[dl.after_item, dl.after_batch], samples=samples(images), sizes_and_times_of_files=digest(times),
                vocab=vocab, thresh=float(thresh), versions=dict(fastai_heatmaps=__version__, torch=torch.__version__),
                places=[*map(int, images.idxs)], names=images.names)
-    return json.loads(json.dumps(plain(res)))
+    return plain(res)
 
 # %% ../../nbs/25_data.store.ipynb #st000009
 def _held_run(folder): # the run whose heatmaps are in `folder`; None if it is empty
@@ -167,7 +165,7 @@ def _is_whole(folder, start, stop, run):
     if not _file(folder, start).exists(): return False
     try: return bool(read_part(folder, start, stop-start, run))
     except ValueError as e:
-        warn(f'{str(e).split(": run")[0]}; it is made anew')
+        warn(str(e))
         return False
 
 # %% ../../nbs/25_data.store.ipynb #st000017
@@ -182,11 +180,10 @@ def _same_answers(a, b): # do two `Heatmaps` of the same images say the same?
     return a.keys()==b.keys() and all(_agree(a[k], b[k]) for k in b)
 
 def _check_answers(folder, run, there, again): # of up to four images in the parts `there`, spread over them
-    rows = [(i, a, b) for a,b in there for i in range(a, b)]
-    for j in sorted({round(o*(len(rows)-1)/3) for o in range(4)}):
-        i,start,stop = rows[j]
-        old = read_part(folder, start, stop-start, run)
-        first = i - i%run['batch']
+    rows = [i for a,b in there for i in range(a, b)]
+    for i in sorted({rows[round(o*(len(rows)-1)/3)] for o in range(4)}):
+        start,stop = next((a, b) for a,b in there if a<=i<b)
+        old,first = read_part(folder, start, stop-start, run),i - i%run['batch']
         batch = range(first, min(first+run['batch'], stop))
         if not any(_same_answers(again([*o]), old[[k-start for k in o]]) for o in ([i], batch)):
             raise _other_run(folder, f"{run['names'][i]} got another answer, so the model, a function or the image has changed")

@@ -26,7 +26,7 @@ def strongest_point(
 ) -> tuple: # A voxel
     "Find the middle of the cell with most evidence, or of the volume where a map is flat"
     is_flat = not m.isfinite().all() or m.min()==m.max()
-    cell,grid = ((0,0,0),(1,1,1)) if is_flat else (np.unravel_index(m.argmax(), m.shape),m.shape)
+    cell,grid = ((0,0,0),(1,1,1)) if is_flat else (np.unravel_index(int(m.argmax()), m.shape),m.shape)
     return tuple(int((i+.5)/n*s) for i,n,s in zip(cell, grid, size))
 
 # %% ../../nbs/28_data.volumes.ipynb #vo000010

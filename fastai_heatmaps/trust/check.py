@@ -12,7 +12,7 @@ from ..core.no_trace import no_trace, restoring
 from ..core.layers import tensors_in, find_layers
 from ..core.tasks import tasks
 from ..core.method import get_method, heatmap_methods
-from ..data.draw import show_overlay, wrap_title
+from ..data.draw import show_overlay, wrap_title, title_height
 from ..learner.run import shadow, shows_bars
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
 from .findings import rank_correlation, mean_error, Findings, named_methods, choose_images, some_rows
@@ -461,8 +461,7 @@ def draw_trust(
 ): # An array of Axes
     "Draw a row of pictures for each method, and below them what was measured"
     h,w = rows[0][0][0][1].shape[1:]
-    lines = max(sum(1+len(o)//20 for o in p[0]) for pictures,*_ in rows for p in pictures if p) # about that many in a title
-    high = min(max(2.2*h/w, 1.5), 3)+.17*max(lines, 2)+.16
+    high = min(max(2.2*h/w, 1.5), 3)+title_height(p[0] for pictures,*_ in rows for p in pictures if p)+.16
     dots = .25*len(names)+.8
     fig = plt.figure(figsize=figsize or (11.5, high*len(names)+dots+.3), layout='constrained')
     axs = fig.subplots(len(names)+1, 5, height_ratios=[high]*len(names)+[dots])

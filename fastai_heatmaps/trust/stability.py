@@ -12,7 +12,7 @@ from ..core.tasks import tasks
 from ..core.passes import check_whole
 from ..methods.changed import noisy
 from ..data.images import Images
-from ..data.draw import color_scale, show_overlay, wrap_title, new_panels
+from ..data.draw import color_scale, show_overlay, wrap_title, title_height, new_panels
 from ..data.heatmaps import Heatmaps
 from ..learner.run import shadow
 from ..learner.core import explain_by # which gives the Learner `get_heatmaps`, too
@@ -99,8 +99,7 @@ def _words(found, noise, wanted): # `found`: method -> as from `measure_stabilit
 # %% ../../nbs/55_trust.stability.ipynb #sy000016
 def _draw_stability(img, hms, names, figsize=None): # of one image; `hms` as from `measure_stability`
     h,w = img.shape[-2:]
-    lines = max(sum(1+len(o)//20 for o in clean.title(0)[0]) for clean,*_ in hms) # about that many in the title of a panel
-    fig,axs = new_panels(len(hms), 4, 2, 2*h/w+.17*max(lines, 2)+.2, figsize)
+    fig,axs = new_panels(len(hms), 4, 2, 2*h/w+title_height(clean.title(0)[0] for clean,*_ in hms)+.2, figsize)
     for row,name,(clean,*moved) in zip(axs, names, hms):
         for ax in row: ax.axis('off')
         show_image(img, ctx=row[0], cmap='gray')

@@ -11,13 +11,12 @@ from ..core.no_trace import no_trace
 from ..core.targets import class_indices, as_list
 from ..core.tasks import tasks
 from ..core.method import get_method, heatmap_methods
-from ..data.draw import color_scale, enlarged, wrap_title, new_panels
+from ..data.draw import color_scale, enlarged, add_legend, wrap_title, new_panels
 from ..data.heatmaps import Heatmaps
 from ..learner.run import output_names
 import fastai_heatmaps.learner.core # which gives the Learner `get_heatmaps`
 from matplotlib.colors import to_rgb
 from numbers import Real
-from matplotlib.patches import Patch
 
 # %% ../../nbs/49_views.answer.ipynb #aw000006
 def evidence_above(
@@ -59,16 +58,15 @@ def painted(
     return torch.cat([colors[won], alpha*strength[...,None]], 2).numpy()
 
 # %% ../../nbs/49_views.answer.ipynb #aw000014
-def _all_classes(learn, cls): # the classes whose evidence is compared: those of the vocab or, where there is none, `cls`
-    vocab = output_names(learn)
-    if vocab is None and cls is None: raise ValueError("the Learner knows no names of classes: name at least two, as cls=[0,1]")
-    return list(range_of(vocab)) if vocab is not None else as_list(cls)
+def _all_classes(learn, ask): # the places of all classes; `ask` as for `get_heatmaps`
+    names = output_names(learn)
+    return list(range(learn.get_heatmaps(**ask).preds.shape[1] if names is None else len(names)))
 
 @patch
 @no_trace
 def show_answer_map(self:Learner,
     img, # One image, as for `open_image`, or an `(image, label)` item of a dataset
-    cls=None, # The classes that may win, a list of at least two; None = all of the vocab
+    cls=None, # The classes that may win, a list of at least two; None = all
     method='gradcam', # A name in `heatmap_methods`, or a function `(acts, grads) -> map`, whose map depends on the class
     layer=None, # None = the body, or the last layer with a map; a module, or a dotted name
     ctx=None, # A matplotlib Axes; None = a new figure
@@ -84,12 +82,13 @@ def show_answer_map(self:Learner,
     if not f.at_layer or f.needs=='activations':
         raise ValueError(f"an answer map needs a method that looks at a layer and asks for a class, such as 'gradcam', not {f.name!r}")
     if isinstance(img, (list, L)): raise ValueError("expected one image, or an item of several as a tuple")
-    if cls is not None and len(as_list(cls))<2: raise ValueError(f"cls is {cls!r}; expected a list of at least two classes")
-    hm = self.get_heatmaps([img], _all_classes(self, cls), method, layer, relu=False, **kwargs)
+    ask = dict(items=[img], method=method, layer=layer, **kwargs)
+    hm = self.get_heatmaps(cls=_all_classes(self, ask), relu=False, **ask)
     if hm.maps[0].ndim!=3: raise ValueError("an answer map lies over a picture: of a volume, use show_gradcam with cls, a list of classes")
     if not tasks[hm.task].ranked: raise ValueError("this model gives numbers, and none of them is an answer: use show_gradcam")
+    if hm.cls.shape[1]<2: raise ValueError("an answer map compares classes, and this model has one output: use show_gradcam")
+    if cls is not None and len(as_list(cls))<2: raise ValueError(f"cls is {cls!r}; expected a list of at least two classes")
     places = slice(None) if cls is None else class_indices(cls, hm.preds, hm.vocab)[0].tolist()
-    if hm.vocab is None: places = slice(None) # they were all that was asked for
     above,names = evidence_above(hm),[hm.name(c) for c in hm.cls[0,places]]
     evidence = above[places]
     best = winners(evidence, .03 if cls is None else .005)
@@ -99,10 +98,10 @@ def show_answer_map(self:Learner,
     if ctx is None: _,((ctx,),) = new_panels(1, 1, min(4*w/h, 8)+1.6, max(min(4, 8*h/w)+.5, .2*len(best)+.7), figsize)
     show_image(img.float().mean(0), ctx=ctx, cmap='gray')
     ctx.imshow(painted(evidence, [i for i,_ in best], (h,w), alpha, float(above.max())), extent=ctx.images[0].get_extent())
+    parts = {c: f'{names[i]} {s:.0%}' for c,(i,s) in zip(_colors, best)}
+    others = 1-sum(s for _,s in best)
+    if best and others>.005: parts[_gray] = f'other classes {others:.0%}'
+    if parts: add_legend(ctx, [*parts], [*parts.values()])
     found,asked = tasks[hm.task].predicted(hm.preds[0]),hm.cls[0].tolist()
     if found in asked: wrap_title(ctx, *hm.title(0, asked.index(found)))
-    parts = [Patch(color=c, label=f'{names[i]} {s:.0%}') for c,(i,s) in zip(_colors, best)]
-    others = 1-sum(s for _,s in best)
-    if best and others>.005: parts.append(Patch(color=_gray, label=f'other classes {others:.0%}'))
-    ctx.legend(handles=parts, loc='upper left', bbox_to_anchor=(1.02,1), borderaxespad=0, frameon=False, fontsize=9)
     return ctx

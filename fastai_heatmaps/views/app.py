@@ -11,13 +11,12 @@ from ..core.no_trace import no_trace
 from ..core.tasks import tasks
 from ..core.method import get_method
 from ..data.images import open_image, as_items, image_class, takes_several, image_dl, some_places, to_images
-from ..data.draw import styles, color_words
+from ..data.draw import styles, color_words, figure_pixels
 from ..learner.run import shadow, output_names, model_name
 from ..learner.kept import Passes, class_menu, method_menu, error_line
 from functools import lru_cache
 from html import escape
 from numbers import Real
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 # %% ../../nbs/47_views.app.ipynb #ap000011
 def _keeper(learn, score): # a function from a photo's file to its `Passes` and what the model sees; it keeps those of 8 photos
@@ -67,9 +66,7 @@ def _picture(hm, img, alpha, side=640): # the map over `img`: (H, W, 3), the lon
     hm.draw(0, img, [ax], alpha=alpha)
     ax.set_title('', y=1)
     ax.set_aspect('auto') # or a row of pixels would be left white
-    canvas = FigureCanvasAgg(fig)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[...,:3]
+    return figure_pixels(fig)[...,:3]
 
 # %% ../../nbs/47_views.app.ipynb #ap000031
 _by_itself = 'what the model says' # the first choice of the class
@@ -136,7 +133,7 @@ def heatmap_app(self:Learner,
     examples=None, # Photos to begin with, each as for `open_image`; None = six of the validation set, where it has some
     method='gradcam', # The method to begin with, a name in `heatmap_methods`
     layer=None, # A module, or its name; None = the body, or the last layer with a map
-    alpha=0.7, # The opacity of the map to begin with, at the ends of its scale: 0 to 1
+    alpha=styles['fade']['alpha'], # The opacity of the map to begin with, at the ends of its scale: 0 to 1
     score=None # For models that do not give one number a class: a function from the output to scores (n, c)
 ): # A `gr.Blocks`, to be launched
     "Make a page that says what the model says of a photo, and shows what it looks at"

@@ -9,7 +9,8 @@ __all__ = ['model_parts']
 from fastai.vision.all import *
 from ..core.no_trace import no_trace, unwrap
 from ..core.layers import layer_shapes, map_shapes, default_layer, plain_name
-from ..learner.run import blank
+from ..core.passes import clear_errors
+from ..learner.run import example_input
 
 # %% ../../nbs/44_views.architecture.ipynb #fb5810f7
 def model_parts(
@@ -68,8 +69,8 @@ def show_architecture(self:Learner,
     figsize:tuple=None # Of a new figure, in inches
 ): # The Axes
     "Show the parts of the model in the order in which they run, with their outputs for an image as the DataLoaders make it"
-    model,(x,_),fig = unwrap(self.model),blank(self),None
-    parts = model_parts(model, x, depth=depth)
+    model,(x,_),fig = unwrap(self.model),example_input(self, photo=True),None
+    with clear_errors(model, x): parts = model_parts(model, x, depth=depth)
     try: home = _home(parts, default_layer(model, x))
     except ValueError: home = None # a model without maps
     total,longest = _size(model),max(x.shape[2:])

@@ -12,9 +12,9 @@ from ..core.hooks import leaf_hooks, gradients
 from ..core.layers import as_map, plain_name, layer_names, get_layer, check_channels
 from ..core.targets import class_indices, as_list
 from ..core.tasks import class_scores, is_dense
-from ..core.passes import Pass
+from ..core.passes import Pass, clear_errors
 from ..data.draw import wrap_title
-from ..learner.run import shows_bars, output_names, blank
+from ..learner.run import shows_bars, output_names, example_input
 from fastprogress.fastprogress import progress_bar
 
 # %% ../../nbs/43_views.class_image.ipynb #5fb7e17c
@@ -80,7 +80,7 @@ def excite(
     with torch.no_grad(): return pic()[0]
 
 # %% ../../nbs/43_views.class_image.ipynb #ci000007
-def _class_goals(learn, model, x, prepare, cls, score): # a goal for each class
+def _class_goals(learn, model, zeros, prepare, cls, score): # a goal for each class; `zeros` is a picture of the right size
     vocab = output_names(learn)
     def scores(pred):
         if score: pred = score(pred)
@@ -88,14 +88,14 @@ def _class_goals(learn, model, x, prepare, cls, score): # a goal for each class
         return class_scores(pred, 1, vocab)
     def goal(i, p): return scores(model(prepare(p)))[0,i]
     def title(i, pic):
-        p = prepare(pic[None].to(x.device))
+        p = prepare(pic[None].to(zeros.device))
         prob = Pass(model, (p,), model(p), vocab=vocab, loss_func=learn.loss_func, score=score).probs[0,i]
         return f'{vocab[i] if vocab else i} {prob:.2f}'
-    idxs = class_indices(as_list(cls), scores(model(x)), vocab)[0].tolist()
+    idxs = class_indices(as_list(cls), scores(model(prepare(zeros))), vocab)[0].tolist()
     return [(partial(goal, i), partial(title, i)) for i in idxs]
 
 # %% ../../nbs/43_views.class_image.ipynb #ci000008
-def _channel_goals(model, zeros, prepare, layer, channel): # a goal for each channel; `zeros` is a picture of the right size
+def _channel_goals(model, zeros, prepare, layer, channel): # a goal for each channel
     l = get_layer(model, layer)
     name = plain_name(layer_names(model, [l])[0])
     def output(p):
@@ -130,15 +130,16 @@ def class_images(
     if channel is not None and layer is None:
         raise ValueError(f"channel {channel!r} of which layer? Name it, or leave the channel out")
     if steps<1: raise ValueError(f"steps is {steps}; expected at least 1")
-    model,(x,prepare) = unwrap(learn.model),blank(learn)
+    model,(x,prepare) = unwrap(learn.model),example_input(learn)
     if x.ndim!=4: raise ValueError(f"class images are pictures (C, H, W), and this model takes {tuple(x.shape[1:])}: there are none of volumes")
     if size is None: size = x.shape[2:]
     elif isinstance(size, int): size = size,size
     shape = (x.shape[1], *size)
+    zeros = torch.zeros(1, *shape, device=x.device)
     bar = partial(progress_bar, leave=False) if shows_bars(learn) else noop
-    with quiet(model):
-        if layer is None: goals = _class_goals(learn, model, x, prepare, cls, score)
-        else: goals = _channel_goals(model, torch.zeros(1, *shape, device=x.device), prepare, layer, channel)
+    with quiet(model), clear_errors(model, zeros):
+        if layer is None: goals = _class_goals(learn, model, zeros, prepare, cls, score)
+        else: goals = _channel_goals(model, zeros, prepare, layer, channel)
         pics = [to_cpu(excite(goal, shape, steps, seed, device=x.device, bar=bar)) for goal,_ in goals]
         return torch.stack(pics), [title(p) for p,(_,title) in zip(pics, goals)]
 
@@ -149,7 +150,7 @@ def get_class_image(self:Learner,
     layer=None, # Instead of a class: a module, or its dotted name
     channel=None, # Of `layer`: an index, or a list of them; None = all of them together
     steps:int=512, # Of the search for each picture
-    size=None, # Of the picture in pixels: a number, or (height, width); None = as the DataLoaders make them
+    size=None, # Of the picture in pixels: a number, or (height, width); None = as the DataLoaders make them, 224 if they leave it open
     seed:int=0, # The same seed gives the same picture on the same machine, also beside others
     score=None # For models that give neither a number a class nor a class a pixel: a function from the output to scores (n, c)
 ) -> Tensor: # (k, C, H, W) in 0 to 1, on the CPU

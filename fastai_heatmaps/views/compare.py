@@ -102,6 +102,7 @@ def compare_heatmaps(self:Learner,
     transpose:bool=False, # One column for each method or layer, and a row for each class?
     same_scale=False, # One scale for the classes of a method or layer?
     colorbar=False, # Show the scale beside the maps?
+    boxes=False, # Draw boxes, as in `Heatmaps.show`?
     figsize=None, # In inches; panels of one class fill it, in as many rows as make them largest
     topk:int=1, # How many of the most likely classes, if `cls` is None
     bs:int=None, # How many changed images are run at once, for the methods that change them; None = 64, or 16 on a CPU
@@ -121,7 +122,7 @@ def compare_heatmaps(self:Learner,
     if by_layer: hms = _at_layers(self, img, get_method(ifnone(method, 'gradcam'), **options), cls, rows, **ask)
     else: hms = _by_methods(self, img, [get_method(m, **options) for m in rows], cls, layer, **ask)
     names = [_layer_name(hm) if by_layer else hm.method for hm in hms]
-    return _draw_compared(hms, names, figsize, transpose, same_scale, colorbar, looks)
+    return _draw_compared(hms, names, figsize, transpose, same_scale, colorbar, dict(looks, boxes=boxes))
 
 # %% ../../nbs/41_views.compare.ipynb #cm000014
 def _check_same(before, after): # may these heatmaps be subtracted?

@@ -11,6 +11,8 @@ from ..core.no_trace import unwrap
 from ..core.layers import map_shapes, layer_names
 from ..core.method import get_method
 from ..data.images import to_images
+from ..data.draw import styles
+from ..data.volumes import strongest_point, find_slices, as_sheet
 from ..learner.run import shadow, output_names
 from ..learner.kept import Passes, class_menu, method_menu, error_line
 from html import escape
@@ -25,6 +27,12 @@ def _png(hm, img, alpha): # the first map over `img`, as a picture
     fig.savefig(buf, format='png', dpi=100)
     return buf.getvalue()
 
+# %% ../../nbs/45_views.explore.ipynb #ex000015
+def _shown(hm, img, depth, spacing): # `img`, or the slices of a volume; `depth` has the place of one, in a list
+    if img.ndim==3: return img
+    m,size = hm.maps[0][0],img.shape[1:]
+    return as_sheet(img, find_slices((*depth, *strongest_point(m, size)[1:]), m, size, spacing))
+
 # %% ../../nbs/45_views.explore.ipynb #6b693b3b
 def _layer_menu(passes, at): # from the last layer to the first; `at` is the one to begin with
     model = unwrap(passes.learn.model)
@@ -37,17 +45,20 @@ def _layer_menu(passes, at): # from the last layer to the first; `at` is the one
     return [(n, n) for n in missing] + menu
 
 # %% ../../nbs/45_views.explore.ipynb #ex000009
-def _controls(W, passes, hm, method, layer, alpha): # the menus of class, method and layer, and the opacity; `W` is ipywidgets
+def _controls(W, passes, hm, img, method, layer, alpha): # of class, method, layer, opacity, a volume's slice; `W` is ipywidgets
     wide = dict(layout=W.Layout(width='27em', max_width='100%'), style=dict(description_width='4em'))
     def menu(name, options, value): return W.Dropdown(description=name, options=options, value=value, **wide)
     at = passes.one_layer(layer)
     layers = _layer_menu(passes, at)
     begin = first(layer_names(unwrap(passes.learn.model), [at])) or (layers[0][1] if layers else None)
     own = [(getattr(method, '__name__', str(method)), method)] if callable(method) else []
-    return (menu('class', class_menu(hm), int(hm.cls[0,0])),
-            menu('method', method_menu()+own, method),
-            menu('layer', layers, begin),
-            W.FloatSlider(description='opacity', value=alpha, min=0, max=1, step=.05, **wide))
+    res = [menu('class', class_menu(hm), int(hm.cls[0,0])),
+           menu('method', method_menu()+own, method),
+           menu('layer', layers, begin),
+           W.FloatSlider(description='opacity', value=alpha, min=0, max=1, step=.05, **wide)]
+    if img.ndim==3: return res
+    at = strongest_point(hm.maps[0][0], img.shape[1:])
+    return res + [W.IntSlider(description='slice', value=at[0], min=0, max=img.shape[1]-1, **wide)]
 
 # %% ../../nbs/45_views.explore.ipynb #ex000011
 def _note(text, color): return f'<span style="color:{color}; line-height:1.4">{escape(text)}</span>'
@@ -61,10 +72,11 @@ def _noted(f): # what `f()` returns, and the note on it; None where it fails
     return res,_note(first(ours) or '', 'darkorange')
 
 # %% ../../nbs/45_views.explore.ipynb #ex000012
-def _connect(passes, hm, controls, note, pic): # each choice draws its picture, or says why it cannot
-    classes,methods,layers,opacity = controls
-    img = hm.image(0)
-    def draw(change=None): pic.value = _png(hm, img, opacity.value)
+def _connect(passes, hm, img, spacing, controls, note, pic): # each choice draws its picture, or says why it cannot
+    classes,methods,layers,*sliders = controls
+    def draw(change=None):
+        alpha,*depth = [o.value for o in sliders]
+        pic.value = _png(hm, _shown(hm, img, depth, spacing), alpha)
     def ask():
         nonlocal hm
         hm = passes.heatmaps(classes.value, methods.value, layers.value)
@@ -79,7 +91,7 @@ def _connect(passes, hm, controls, note, pic): # each choice draws its picture, 
     layers.disabled = not uses_layer()
     draw()
     for o in (classes, methods, layers): o.observe(explain, 'value')
-    opacity.observe(draw, 'value')
+    for o in sliders: o.observe(draw, 'value')
 
 # %% ../../nbs/45_views.explore.ipynb #6a85a247
 @patch
@@ -88,18 +100,21 @@ def explore_heatmaps(self:Learner,
     cls=None, # The class to begin with: a name or an index; None = the predicted one; 'targ' = the image's own label
     method='gradcam', # The method to begin with: a name in `heatmap_methods`, or a function `(acts, grads) -> map`
     layer=None, # The layer to begin with: a module, or its name; None = the body, or the last layer with a map
-    alpha=0.7, # The opacity of the map to begin with, at the ends of its scale: 0 to 1
+    alpha=styles['fade']['alpha'], # The opacity of the map to begin with, at the ends of its scale: 0 to 1
     score=None, # For models that do not give one number a class: a function from the output to scores (n, c)
-    input:int=0 # Which of the model's inputs is explained and shown, where it takes several
+    input:int=0, # Which of the model's inputs is explained and shown, where it takes several
+    spacing=None # Of a volume's voxels, as for `Heatmaps.show`
 ): # A widget
-    "Explore with the mouse why the model answers as it does to `img`: choose the class, method, layer and opacity"
+    "Explore with the mouse why the model answers as it does to `img`: choose class, method, layer, opacity, and a volume's slice"
     try: import ipywidgets as W
     except ImportError: raise ImportError('explore_heatmaps needs ipywidgets: pip install "fastai_heatmaps[explore]"') from None
     images = to_images(shadow(self).dls, [img], vocab=output_names(self), input=input)
     passes = Passes(self, images, score)
     hm = passes.heatmaps(cls, method, layer)
-    controls = _controls(W, passes, hm, method, layer, alpha)
+    hm.check_slices(0, 'cross', spacing)
+    img = images.image(0)
+    controls = _controls(W, passes, hm, img, method, layer, alpha)
     note = W.HTML(layout=W.Layout(min_height='2.2em', margin='0 0 0 4.5em'))
     pic = W.Image(format='png', layout=W.Layout(max_width='100%', height='auto', align_self='flex-start'))
-    _connect(passes, hm, controls, note, pic)
+    _connect(passes, hm, img, spacing, controls, note, pic)
     return W.VBox([W.HBox(controls, layout=W.Layout(flex_flow='row wrap')), note, pic])

@@ -12,13 +12,11 @@ from ..core.passes import check_whole
 from ..data.drawn import check_free
 from ..data.files import file_names, marked_exif, whole_file
 from ..data.images import as_items
-from ..data.draw import wrap_title
+from ..data.draw import wrap_title, figure_pixels
 from ..data.heatmaps import Heatmaps
 from ..learner.show import split_kwargs
 from fastcore.imports import IN_NOTEBOOK
 from PIL import ImageChops
-import matplotlib.figure
-import matplotlib.backends.backend_agg as agg
 
 # %% ../../nbs/48_views.log.ipynb #lg000006
 def _panel(img, k, draw): # `k` pictures like `img`, one below the other, as a PIL image; `draw` is given their Axes
@@ -26,12 +24,10 @@ def _panel(img, k, draw): # `k` pictures like `img`, one below the other, as a P
     width,title = 2,.9 # inches; what no title needs is cut off in the end
     height = width*h/w
     size = W,H = width+.1,k*(height+title)
-    fig = matplotlib.figure.Figure(figsize=size, dpi=100, facecolor='white')
+    fig = plt.Figure(figsize=size, dpi=100, facecolor='white')
     def place(j): return .05/W, 1-(j+1)/k+.05/H, width/W, height/H
     draw([fig.add_axes(place(j)) for j in range(k)])
-    canvas = agg.FigureCanvasAgg(fig)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
+    return Image.fromarray(figure_pixels(fig)).convert('RGB')
 
 # %% ../../nbs/48_views.log.ipynb #lg000007
 def _photo_panel(hm, i): # photo `i`, with what is known of it

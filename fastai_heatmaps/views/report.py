@@ -20,7 +20,7 @@ from ..core.tasks import tasks, own_loss
 from ..data.drawn import check_free, drawn_by
 from ..data.files import whole_file
 from ..data.images import to_images, own_test_dl, some_places
-from ..data.volumes import Sheet
+from ..data.volumes import strongest_point, cut
 from ..data.draw import styles, color_scale, color_words, enlarged, as_png
 from ..data.heatmaps import Heatmaps
 from ..data.means import Mean, map_of, mean_title
@@ -38,11 +38,13 @@ def _small(o, most): # `o` (channels, H, W), `most` a side
     shrink = most/max(most, *o.shape[1:])
     return F.interpolate(o[None], [max(1, round(s*shrink)) for s in o.shape[1:]], mode='area')[0] if shrink<1 else o
 
-def _bytes(maps, signed, most=56): # the maps (k, h, w) of a photo as bytes; what share each one's scale is of the largest
-    maps = _small(torch.nan_to_num(maps.float(), 0, 0, 0), most)
+def _bytes(maps, signed, most=56): # the maps (k, h, w) or (k, slices, h, w) of a photo as bytes; each one's scale, as a share of the largest
+    maps = torch.nan_to_num(maps.float(), 0, 0, 0)
+    maps = _small(maps.flatten(0, -3), most).unflatten(0, maps.shape[:-2])
     least,top = [tensor([color_scale([m], signed)[k] for m in maps]) for k in ('vmin', 'vmax')]
-    cells = 255*(maps-least[:,None,None])/(top-least)[:,None,None]
-    top[~maps.any(2).any(1)] = 0
+    each = -1,*[1]*(maps.ndim-1)
+    cells = 255*(maps-least.view(each))/(top-least).view(each)
+    top[~maps.flatten(1).any(1)] = 0
     return cells.round().clamp(0, 255).byte(),top/(top.max() or 1)
 
 # %% ../../nbs/46_views.report.ipynb #re000014
@@ -86,24 +88,41 @@ def _tags(hm, i, j): # what has to be said of a map besides its class
     if not m.isfinite().all(): yield Small(' · no map: its values are not finite')
     for k,v in hm.info.items(): yield Small(f' · {k} {v[i,j]:.2f}')
 
+def _first(hm, i): # which map of photo `i` is shown at first: of those explained that of the likeliest class
+    return int(hm.preds[i,hm.cls[i]].argmax()) if tasks[hm.task].ranked else 0
+
 def _choice(hm, i, j, number, cells, share): # one of the maps of photo `i`, to be chosen; `cells` and `share` as from `_bytes`
-    task,c = tasks[hm.task],int(hm.cls[i,j])
+    task,c,first = tasks[hm.task],int(hm.cls[i,j]),_first(hm, i)
     guesses,truths = _answers_to(hm, i)
-    first = int(hm.preds[i,hm.cls[i]].argmax()) if task.ranked else 0 # of those explained the likeliest
     beside = j!=first and task.one_class and guesses!=truths==[c] # a mistake shows the map of the true class as well
     data = dict(data_map=_text(cells.numpy().tobytes()), data_share=f'{share if task.ranked else 1:.3f}', data_beside=beside)
     return Label(Input(type='radio', name=f'map-{number}', cls='map', checked=j==first, **data),
                  Span(ft('bdi', task.says(hm.name(c), hm.preds[i], c)), *_tags(hm, i, j)))
 
-def _card(hm, i, img, number, name, loss, signed): # photo `i`, `img`
-    cells,share = _bytes(hm.laid(i, img), signed)
-    photo = _photo(img, f'Photo {number}, {name}')
-    canvas = Canvas(width=photo.width, height=photo.height, role='img')
+def _panel(hm, i, img, alt): # photo `i`, `img`, and the canvas of its map; its maps; no slider
+    photo = _photo(img, alt)
+    return Div(photo, Canvas(width=photo.width, height=photo.height, role='img')),hm.maps[i],None
+
+def _film(hm, i, vol, alt, most=24, side=192): # the same of a volume (1 or 3, D, H, W), as slices one below the other; a slider
+    depth,(h,w) = vol.shape[1],[max(1, round(side*s/max(vol.shape[2:]))) for s in vol.shape[2:]]
+    strongest,*_ = strongest_point(hm.maps[i][_first(hm, i)].float(), vol.shape[1:])
+    step = math.ceil(depth/most)
+    shown = range(strongest%step, depth, step)
+    slices = F.interpolate(vol[:,shown].movedim(0, 1), (h,w), mode='bilinear', antialias=True)
+    panel = Div(_photo(slices.movedim(0, 1).flatten(1, 2), alt, len(shown)*h), Canvas(width=w, height=h, role='img'),
+                cls='film', style=f'aspect-ratio: {w}/{h}; --slice: {strongest//step}')
+    slider = Input(type='range', cls='slice', min=0, max=len(shown)-1, value=strongest//step, data_start=shown[0], data_step=step)
+    maps = torch.stack([cut(hm.maps[i].float(), 0, (o+.5)/depth) for o in shown], 1)
+    return panel,maps,Label('slice', slider, ft('output', strongest), cls='slices')
+
+def _card(hm, i, img, number, name, loss, signed): # photo `i`, `img`, or a volume
+    panel,maps,slider = (_panel if img.ndim==3 else _film)(hm, i, img, f'Photo {number}, {name}')
+    cells,share = _bytes(maps, signed, 56 if img.ndim==3 else 32)
     choices = [_choice(hm, i, j, number, *o) for j,o in enumerate(zip(cells, share))]
     return Article(H3(f'{number}\u2002', ft('bdi', name)),
-                   Div(Figure(Div(photo, canvas), Figcaption(), cls='panel'), cls='panels'),
-                   _says(hm, i, loss), Fieldset(Legend('Map of'), *choices),
-                   id=f'photo-{number}', cls='card', tabindex=-1, data_rows=cells.shape[1], data_cols=cells.shape[2])
+                   Div(Figure(panel, Figcaption(), cls='panel'), cls='panels'), slider or '',
+                   _says(hm, i, loss), Fieldset(Legend('Map of'), *choices), id=f'photo-{number}', cls='card', tabindex=-1,
+                   data_rows=cells.shape[-2], data_cols=cells.shape[-1])
 
 # %% ../../nbs/46_views.report.ipynb #re000019
 def _short(names): # of files, from the folder that they have in common
@@ -151,7 +170,7 @@ def _to_average(classes, most=48): # class -> an empty `Mean`, of those that hav
     return {c:Mean() for c,n in sorted(counts) if n>1}
 
 def _average(means, hm, i, img, classes): # adds photo `i`, `img`, to the means of its `classes`
-    if isinstance(img, Sheet): return # of which each shows slices of its own
+    if img.ndim==4: return # a mean of volumes would need a slider of its own
     for c in classes:
         m = map_of(hm, i, c)
         if c in means and m is not None: means[c].add(m, _small(img, 160))
@@ -346,6 +365,12 @@ select, button { font: inherit; padding: .15em .5em; max-width: 13em }
 .panel div { position: relative; line-height: 0 }
 .panel img { width: 100%; height: auto; border-radius: 4px }
 .panel canvas { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 4px; opacity: var(--opacity) }
+.film { overflow: hidden; border-radius: 4px }
+.film img { position: absolute; top: calc(var(--slice)*-100%); border-radius: 0 }
+.slices { display: none; gap: .5em; align-items: center; margin-top: .3em; font-size: .9em }
+.alive .slices { display: flex }
+.slices input { flex: 1; min-width: 0 }
+.slices output { min-width: 2.2em; text-align: right; font-variant-numeric: tabular-nums }
 #means { display: none }
 .alive #means { display: block }
 .means { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(44%, 9em), 1fr)); gap: 1em; max-width: 72em }
@@ -365,7 +390,7 @@ fieldset input { margin: 0; flex: none; position: relative; top: .1em }
     --link: #000; --right: #1d7a34; --wrong: #b3261e;
   }
   body { font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  .alive #tools, .alive fieldset, .keys { display: none }
+  .alive #tools, .alive fieldset, .alive .slices input, .keys { display: none }
   #photos { grid-template-columns: repeat(3, 1fr) }
   .card, .mean { break-inside: avoid; content-visibility: visible }
   .wide { overflow: visible }
@@ -396,10 +421,11 @@ function enlarge(cells, n, N) {
 
 // Where there is more evidence, a map is less transparent; a line goes round what is above half of the scale
 function paint(canvas, choice) {
-  const {rows, cols} = choice.closest('[data-rows]').dataset, {width, height} = canvas, {map, share} = choice.dataset
+  const card = choice.closest('[data-rows]'), {rows, cols} = card.dataset, {width, height} = canvas, {map, share} = choice.dataset
+  const at = one('.slice', card)?.value ?? 0, cells = bytes(map).subarray(at*rows*cols, (+at+1)*rows*cols)
   const pixels = new ImageData(width, height), scale = same.checked ? share : 1
   const clamp = v => Math.min(Math.max(v, 0), 255)
-  const places = enlarge(enlarge(bytes(map), +rows, height), +cols, width).map(v => clamp(zero+scale*(v-zero)))
+  const places = enlarge(enlarge(cells, +rows, height), +cols, width).map(v => clamp(zero+scale*(v-zero)))
   const strength = places.map(v => Math.abs(v-zero)/(255-zero))
   const set = (i, rgb, alpha) => { pixels.data.set(rgb, 4*i); pixels.data[4*i+3] = 255*alpha }
   const edge = (i, j) => {
@@ -442,6 +468,13 @@ maps.forEach(o => near.observe(o))
 addEventListener('beforeprint', () => maps.forEach(show))
 addEventListener('change', e => e.target.matches('.map') && show(e.target.closest('.card')))
 same.addEventListener('change', () => drawn.forEach(show))
+addEventListener('input', e => {
+  if (!e.target.matches('.slice')) return
+  const {value, dataset: {start, step}} = e.target, card = e.target.closest('.card')
+  for (const film of all('.film', card)) film.style.setProperty('--slice', value)
+  one('output', card).textContent = +start+value*step
+  show(card)
+})
 one('#opacity').addEventListener('input', e => document.body.style.setProperty('--opacity', e.target.value/100))
 
 // Which photos are shown
@@ -522,7 +555,7 @@ def _write(out, page, explain, photos): # `page(hm, signed)` gives what is aroun
                 start,*rest = to_xml(page(hm, signed), indent=False).split(to_xml(Slot()))
                 f.write(start)
             for i in range_of(hm):
-                img = hm.image(i)
+                img = hm.images.image(i)
                 card = _card(hm, i, img, number+1, photos.names[number], photos.losses[number], signed)
                 f.write(to_xml(card, indent=False))
                 _average(means, hm, i, img, photos.classes[number])
