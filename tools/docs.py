@@ -145,9 +145,10 @@ def width(out):
     data = [v for k,v in out.get('data', {}).items() if k in ('image/png', 'image/jpeg')]
     return Image.open(BytesIO(b64decode(''.join(data[0])))).width if data else 0
 
-def aligned(out):
-    "Does the output `out` print columns?"
-    return len(re.findall(r'^\S.*?\S {3,}\S', ''.join(out.get('text', '')), re.M))>2
+def aligned(c):
+    "Does the cell `c` print columns?"
+    text = ''.join(s for o in c.get('outputs', []) for s in o.get('text', ''))
+    return len(re.findall(r'^\S.*?\S {3,}\S', text, re.M))>2
 
 def toctree(caption, names):
     "A group of the sidebar"
@@ -168,7 +169,7 @@ def site(dest):
     for p in {*books}-{'index'}:
         for c in books[p].cells:
             if max(map(width, c.get('outputs', [])), default=0)>460: c.metadata.update(mystnb=dict(image=dict(classes='wide')))
-            if any(map(aligned, c.get('outputs', []))): c.metadata.update(tags=['aligned'])
+            if aligned(c): c.metadata.update(tags=['aligned'])
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
     toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])
