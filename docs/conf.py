@@ -1,3 +1,4 @@
+import re
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 from fastai_heatmaps import __version__
@@ -29,3 +30,8 @@ def setup(app):
             raise SkipNode
         return visit,None
     app.add_html_math_renderer('mathml', formula('inline'), formula('block'))
+
+    def mark_first(app, page, template, context, doctree):
+        "Mark the first word of a comment, with its sign"
+        context['body'] = re.sub(r'(?<=<span class="c1">)# [^\s<]+', r'<span class="first">\g<0></span>', context.get('body', ''))
+    app.connect('html-page-context', mark_first)

@@ -19,7 +19,7 @@ def _need(module, package='"fastai_heatmaps[demo]"'): # a module, and what pip i
 
 # %% ../nbs/60_samples.ipynb #2ea2e648
 _categories = torchvision.models.EfficientNet_B0_Weights.DEFAULT.meta['categories'] # of ImageNet: only the names
-demo_labels = dict(cat='tabby', coffee='espresso', rocket='missile') # photo -> its class, or the nearest of the 1000
+demo_labels = dict(cat='tabby', coffee='espresso', rocket='missile') # the ImageNet class of each demo photo, or the nearest
 
 # %% ../nbs/60_samples.ipynb #2225a5b6
 _opened = cache(lambda photo: photo()) # a function of skimage's that opens one -> its pixels

@@ -49,7 +49,7 @@ def slug(s):
     return re.sub(r'[^\w.-]', '', s.lower().replace(' ', '-'))
 
 def outputs(c):
-    "Outputs of `c`, without tables' own styles and what a plotting call returns beside its picture"
+    "Outputs of `c`, without tables' own styles, bars that have gone, and what a plotting call returns beside its picture"
     ds = [o.get('data', {}) for o in c.outputs]
     pics = any({'image/png', 'image/jpeg'} & set(d) for d in ds)
     for d in ds:
@@ -60,15 +60,16 @@ def outputs(c):
         if 'text/markdown' not in d: continue
         md = re.sub(r'\]\(/(?=\w)', '](', ''.join(d['text/markdown']))  # nbdev's links begin at the root of a site
         d['text/markdown'] = papers(md)
-    return [o for o,d in zip(c.outputs, ds) if not (pics and list(d)==['text/plain'])]
+    def nothing(d): return not d.get('text/html', 'other').strip() or pics and list(d)==['text/plain']
+    return [o for o,d in zip(c.outputs, ds) if not nothing(d)]
 
 def documented(md):
     "What show_doc says, without a rule and a source link (there's no git_url for nbdev)"
     # the name as code, or the underscores of `__call__` make it bold
     md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.partition('\n\nParameters:\n')[0]))
     params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
-    # what is called like a parameter is the parameter, and nothing of fastai's
-    return re.sub(r'\[`(\w+)`\]\(https://docs.fast.ai[^)]*\)', lambda m: f'`{m[1]}`' if m[1] in params else m[0], md)
+    # what is called like a parameter is the parameter, and nothing else of that name
+    return re.sub(r'\[`(\w+)`\]\([^)]*\)', lambda m: f'`{m[1]}`' if m[1] in params else m[0], md)
 
 def papers(s):
     "`s` with links to papers"
@@ -144,6 +145,11 @@ def width(out):
     data = [v for k,v in out.get('data', {}).items() if k in ('image/png', 'image/jpeg')]
     return Image.open(BytesIO(b64decode(''.join(data[0])))).width if data else 0
 
+def aligned(c):
+    "Does the cell `c` print columns?"
+    text = ''.join(s for o in c.get('outputs', []) for s in o.get('text', ''))
+    return len(re.findall(r'^\S.*?\S {3,}\S', text, re.M))>2
+
 def toctree(caption, names):
     "A group of the sidebar"
     return mk_cell('\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```']), 'markdown')
@@ -162,7 +168,8 @@ def site(dest):
             if c.cell_type=='markdown': c.source = named(c.source)
     for p in {*books}-{'index'}:
         for c in books[p].cells:
-            if max(map(width, c.get('outputs', [])), default=0)>580: c.metadata = dict(mystnb=dict(image=dict(classes='wide')))
+            if max(map(width, c.get('outputs', [])), default=0)>460: c.metadata.update(mystnb=dict(image=dict(classes='wide')))
+            if aligned(c): c.metadata.update(tags=['aligned'])
     toc = {k: list(g) for k,g in groups.items()}
     internals = toc.pop('Internals')
     toc.update(Reference=[o for o in books if o.startswith('reference/')], Internals=internals, Changes=['changes'])

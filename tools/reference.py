@@ -30,9 +30,15 @@ def tidy(s):
 
 def cell(s): return s.replace('|', r'\|') # of a table
 
-def says(o):
-    "The first line of the docstring of a function or class; nothing for a value, whose type would speak"
-    return inspect.getdoc(o).partition('\n')[0] if callable(o) else ''
+def module_of(name, o):
+    "Name of the module that defines `o`"
+    return next(m for m in d['syms'] if m==getattr(o, '__module__', '') or name in getattr(sys.modules.get(m), '__all__', ()))
+
+def says(name, o):
+    "The first line of the docstring of a function or class; of a value, whose type would speak, the comment beside it"
+    if callable(o): return inspect.getdoc(o).partition('\n')[0]
+    said = re.search(rf'^{name} = .*# (.+)', inspect.getsource(sys.modules[module_of(name, o)]), re.M)[1]
+    return said[0].upper() + said[1:]
 
 def returned(f):
     "What comes back of `f`: its type, and what the comment beside it says"
@@ -71,9 +77,8 @@ def example(name, home, books):
     return min(cells, key=rank, default=(home, None))
 
 def home_of(name, o):
-    "Page of the notebook that defines `o`, and its module's name"
-    mod = next(m for m in d['syms'] if m==getattr(o, '__module__', '') or name in getattr(sys.modules.get(m), '__all__', ()))
-    return next(iter(d['syms'][mod].values()))[0].partition('.html')[0]
+    "Page of the notebook that defines `o`"
+    return next(iter(d['syms'][module_of(name, o)].values()))[0].partition('.html')[0]
 
 def entry(name, o, books):
     "Cells about `o`: a function, a class, or something else that has a name"
@@ -81,7 +86,7 @@ def entry(name, o, books):
     f = o.__init__ if isinstance(o, type) else o
     own = getattr(f, '__module__', '').startswith('fastai_heatmaps.') and callable(f) # not what an exception inherits
     if own: md += [f'```python\n{signature(name, o)}\n```']
-    if callable(o): md += [says(o) + '.']
+    md += [says(name, o) + '.']
     if own: md += [params(f), returned(f)]
     if name in tables: md += [tables[name]]
     page,shown = example(name, home, books)
@@ -101,7 +106,7 @@ def reference(books):
     res = {}
     for p,group in PUBLIC.items():
         title,what = titles[p]
-        rows = [f"| [`{n.partition('.')[2] or n}`](#{n.lower()}) | {cell(says(o))} |" for n,o in group.items()]
+        rows = [f"| [`{n.partition('.')[2] or n}`](#{n.lower()}) | {cell(says(n, o))} |" for n,o in group.items()]
         md = '\n'.join([f'# {title}', '', f'> {what}', '', '| name | what it does |', '| --- | --- |', *rows])
         res[p] = [mk_cell(md, 'markdown'), *[c for n,o in group.items() for c in entry(n, o, books)]]
     return res

@@ -34,7 +34,7 @@ class Methods(dict):
         return '\n'.join(f"| {' | '.join(r)} |" for r in rows)
 
 # %% ../../nbs/05_core.method.ipynb #9214b6be
-heatmap_methods = Methods()
+heatmap_methods = Methods() # all methods by name; shown as a table
 _needs = 'activations', 'gradients', 'input', 'layer', 'model'
 
 # %% ../../nbs/05_core.method.ipynb #8cf7cc04

@@ -89,7 +89,9 @@ class Heatmaps:
         "List what the images were made from: paths, rows, ..."
         return self.images.items
 
-    def name(self, c):
+    def name(self,
+        c # Index of a class
+    ):
         "Name class `c`: its name in the vocab, or its index as text"
         return str(int(c) if self.vocab is None else self.vocab[c])
 
@@ -145,7 +147,10 @@ def truth(self:Heatmaps, i):
 
 # %% ../../nbs/23_data.heatmaps.ipynb #hm000012
 @patch
-def notes(self:Heatmaps, i, j=0):
+def notes(self:Heatmaps,
+    i:int, # Which image
+    j:int=0 # Which of the classes explained
+) -> list:
     "List what has to be said of a map besides its class: that it is empty, and what the method reports"
     m,notes = self.maps[i][j],[]
     if not m.isfinite().all(): notes.append('(no map: its values are not finite)')
