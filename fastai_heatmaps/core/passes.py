@@ -29,11 +29,12 @@ import sys
 # %% ../../nbs/06_core.passes.ipynb #ps000070
 def near(
     a:Tensor, # What was computed one way (n, ...)
-    b:Tensor # And another, of the same shape
+    b:Tensor, # And another, of the same shape
+    tol:float=1e-5 # As a part of the largest number of `b`
 ) -> bool:
     "Ask whether two results are the same for each image, but for rounding"
     apart,size = [torch.linalg.vector_norm(o.flatten(1), torch.inf, 1) for o in (a-b, b)]
-    return bool((apart<=1e-5*size).all())
+    return bool((apart<=tol*size).all())
 
 # %% ../../nbs/06_core.passes.ipynb #ps000071
 def at_each(
@@ -94,9 +95,12 @@ class Probe(GetAttr):
     def weights(self):
         "Find the weights (c, C) of the linear layer, if the scores explained are one after the mean over the map: then they are the gradients"
         size = self.scores.shape[1],self.acts.shape[1]
-        layers = [m.weight.detach() for m in self.model.modules() if isinstance(m, nn.Linear) and m.weight.shape==size]
+        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.weight.shape==size]
         if not layers: return
-        v,w,asked = self.random_weights(0),layers[-1].float(),self.idxs.unique()
+        asked,(w,bias) = self.idxs.unique(),[o if o is None else o.detach().float() for o in (layers[-1].weight, layers[-1].bias)]
+        guess = F.linear(self.acts.mean(spatial(self.acts)), w[asked], bias if bias is None else bias[asked])
+        if not near(guess, self.scores.detach()[:,asked].float(), 1e-2): return # it takes something else than the mean
+        v = self.random_weights(0)
         v = torch.zeros_like(v).scatter(1, self.idxs, v.gather(1, self.idxs))
         (g,), = each_gradient(self.scores, [self.hook.stored], v[None], retain=True)
         if near(self.map(g).float(), at_each(v[:,asked].float()@w[asked], self.acts)): return w
