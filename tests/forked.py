@@ -39,6 +39,5 @@ def start():
         return os.fdopen(ask, 'w'),os.fdopen(answers)
     for o in (ask, answers): os.close(o)
     sys.stdout,sys.stderr = sys.__stdout__,sys.__stderr__ # pytest's own would keep what is printed
-    sys.modules.pop('conftest', None) # which is only half imported
     serve(os.fdopen(asked), os.fdopen(answer, 'w'))
     os._exit(0)

@@ -1,6 +1,6 @@
 "A map of the answer: each place goes to the class with the most evidence there."
 import pytest
-from conftest import *
+from shared import *
 from fastai_heatmaps.views.answer import evidence_above, winners, painted
 from fastai_heatmaps.data.draw import add_legend, wrap_title
 from matplotlib.colors import to_rgb

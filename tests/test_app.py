@@ -2,7 +2,7 @@
 import html, io, json, os, random, signal, socket, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
-from conftest import *
+from shared import *
 from test_no_trace import state, same
 from test_report import browser, contrast
 from test_tasks import task_learner, task_dls, three_numbers, tags, mask

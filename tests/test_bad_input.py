@@ -3,7 +3,7 @@ import pickle, pytest
 from fastai.tabular.all import TabularDataLoaders, tabular_learner, Categorify
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_text_classifier
-from conftest import *
+from shared import *
 
 
 def fails(f, *words, kind=ValueError):

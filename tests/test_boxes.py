@@ -1,6 +1,6 @@
 "Boxes of regions by hand, to the pixel: on what the model saw, and on photos that were cropped, squished and padded."
 import pickle
-from conftest import *
+from shared import *
 from fastai_heatmaps.data.draw import regions
 
 

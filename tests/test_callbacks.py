@@ -6,7 +6,7 @@ from copy import deepcopy
 from types import SimpleNamespace
 from fastai.callback.channelslast import ChannelsLast
 from fastai_heatmaps.core.no_trace import map_graphs
-from conftest import *
+from shared import *
 
 
 class Box:

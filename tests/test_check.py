@@ -1,6 +1,6 @@
 "May a heatmap be believed? Verdicts on Learners for which the answer is known."
 import pickle, pytest
-from conftest import *
+from shared import *
 from test_no_trace import state, same
 from test_interrupts import try_lines, n_lines
 from fastai_heatmaps.core.method import get_method

@@ -1,7 +1,7 @@
 "The command line: called in this process, and where a process of its own matters, from an installed wheel in a folder outside the source."
 import csv, io, os, pathlib, pickle, resource, shutil, subprocess, sys, pytest
 from filelock import FileLock
-from conftest import *
+from shared import *
 import fastai_heatmaps.cli.main as cli
 from fastai_heatmaps.cli.models import open_learner, pickle_without
 

@@ -1,7 +1,7 @@
 "The worked examples of CONTRIBUTING.md work as they are."
 import re, sys
 import test_formulas
-from conftest import *
+from shared import *
 from fastai_heatmaps import views
 from fastai_heatmaps.methods import cam
 

@@ -1,7 +1,7 @@
 "Hooks are fastai's own and their twin, a pass answers as often as it is asked, and heatmaps are built, changed and joined by name."
 import gc, threading, weakref
 from types import SimpleNamespace
-from conftest import *
+from shared import *
 from fastai.callback.hook import Hook
 from fastai_heatmaps.core import hooks as core_hooks
 from fastai_heatmaps.core.hooks import LeafHook, copied_outputs, gradients, leaf_hooks, leaf_output

@@ -1,7 +1,7 @@
 "Two real processes over gloo: what they give together is what one gives alone."
 import os, subprocess, sys
 import fastai.callback.progress as progress
-from conftest import *
+from shared import *
 from test_no_trace import state, same
 from fastai_heatmaps.learner.distributed import gathered
 

@@ -1,6 +1,6 @@
 "Photos that were stored turned: one warning says so, and they are turned on request."
 import warnings
-from conftest import *
+from shared import *
 import fastai_heatmaps.cli.main as cli
 from fastai_heatmaps.data.images import image_dl, is_turned, OpenImage
 

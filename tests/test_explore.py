@@ -1,6 +1,6 @@
 "What the widget shows is what `get_heatmaps` gives, and costs the passes that are needed."
 import io, sys
-from conftest import *
+from shared import *
 from test_no_trace import state, same
 from test_tasks import task_learner, task_dls, three_numbers, tags, mask
 from fastai_heatmaps.core import hooks

@@ -1,5 +1,5 @@
 "What fresh eyes found in what had been mended: new features together, and what two runs do to one another."
-from conftest import *
+from shared import *
 from fastai_heatmaps.cli import demo as cli_demo
 from fastai_heatmaps.cli.main import main
 from fastai_heatmaps.core.passes import recordable

@@ -14,7 +14,7 @@ from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence, IncreaseIn
 from pytorch_grad_cam.metrics.road import NoisyLinearImputer, ROADLeastRelevantFirst, ROADMostRelevantFirst
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 
-from conftest import *
+from shared import *
 from fastai_heatmaps.core.method import get_method
 from fastai_heatmaps.data.images import to_images
 from fastai_heatmaps.learner.core import explain_by

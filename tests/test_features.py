@@ -1,6 +1,6 @@
 "Filters are the weights, feature maps what the layers put out, class images what the model takes for the class, and the parts are all of the model."
 import pytest
-from conftest import *
+from shared import *
 from test_no_trace import state, same, prepare, ways, Bomb, Boom
 from fastai_heatmaps.data.images import image_dl
 from fastai_heatmaps.learner.run import example_input

@@ -1,7 +1,7 @@
 "Heatmaps in files: pictures and their table; and parts in a folder, whatever happens to the run that writes them or to the folder."
 import csv, hashlib, json, os, random as rnd, subprocess, sys, textwrap
 import pytest
-from conftest import *
+from shared import *
 from fastai_heatmaps.data.files import file_names, whole_file
 from fastai_heatmaps.data.store import digest
 
@@ -284,7 +284,7 @@ def test_killed_at_random(tmp_path, forked):
         import os, random, signal, sys, time
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from conftest import *
+        from shared import *
         import fastai_heatmaps.learner.core as l
         info = l.run_info
         l.run_info = lambda *args: {**info(*args), 'part': 2*args[0].bs}

@@ -3,7 +3,7 @@ import pickle
 
 from scipy.stats import spearmanr
 
-from conftest import *
+from shared import *
 from fastai_heatmaps.core.method import get_method
 from fastai_heatmaps.data.images import to_images
 from fastai_heatmaps.learner.core import explain_by

@@ -1,6 +1,6 @@
 "Focus: mosaics are what they are said to be, the share is the authors', the errors are honest, and what cannot be measured is said in one line"
 import pickle, pytest
-from conftest import *
+from shared import *
 from test_no_trace import state, same
 from fastai_heatmaps.core.method import get_method
 from fastai_heatmaps.data.images import to_images

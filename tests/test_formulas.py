@@ -1,6 +1,6 @@
 "Each method on a net so small that its map can be worked out by hand, and against its formula written another way: never by calling the same code."
 import pytest, warnings
-from conftest import *
+from shared import *
 from fastai_heatmaps.methods.changed import noisy
 from fastai_heatmaps.methods.perturb import rise_masks
 from fastai_heatmaps.methods.changed import filled

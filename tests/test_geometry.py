@@ -1,6 +1,6 @@
 "Maps on the original photo: a bright mark at a known place, seen by a model that sees brightness, is where it was on the photo, whatever the transforms do to the photo."
 import pytest
-from conftest import *
+from shared import *
 from fastai_heatmaps.data.photo import original, on_photo
 
 

@@ -1,6 +1,6 @@
 "What `help` says, and what a misspelt argument is answered"
 import inspect
-from conftest import *
+from shared import *
 import fastai_heatmaps.all
 from fastai_heatmaps.core.help import read_comments, explain_params
 

@@ -1,6 +1,6 @@
 "All the kinds of images, DataLoaders and Learners that people have."
 import pickle, pandas as pd, pytest
-from conftest import *
+from shared import *
 
 
 class PILRGBA(PILImage): _open_args = {'mode': 'RGBA'}

@@ -3,7 +3,7 @@
 Quantus 0.6.0 gives the same on the maps of `test_random_maps_by_formula`: its RelevanceMassAccuracy is our energy, and its PointingGame our pointing, with abs=False and normalise=False. It is asked
 for the positive part, since it divides signed maps by their sum, which may be near 0: its shares then reach 15. It refuses flat maps, and has no IoU. It is not a dependency of the tests."""
 import pickle
-from conftest import *
+from shared import *
 from fastai_heatmaps.trust.findings import short
 from fastai_heatmaps.trust.inside import box_mask, mask_in, cells_of
 

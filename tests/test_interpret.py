@@ -1,7 +1,7 @@
 "Top losses, confusions, and comparisons: what is laid over fastai's pictures, and whose answers stand above them."
 import gc, weakref, pytest
 from types import SimpleNamespace
-from conftest import *
+from shared import *
 from test_no_trace import state, same, prepare
 from test_tasks import task_learner, tags, mask, one_number, one_line
 
@@ -550,7 +550,7 @@ def test_compare_bad_input(learn, pics):
 
 @pytest.fixture
 def three(pics):
-    from conftest import pic_learner
+    from shared import pic_learner
     return {n:pic_learner(pics, arch, size=s) for n,arch,s in (('eighteen', resnet18, 64), ('large', resnet18, 96), ('squeeze', squeezenet1_1, 64))}
 
 

@@ -2,7 +2,7 @@
 
 `interrupted` raises KeyboardInterrupt at one line. By default a sample of the lines is tried, chosen by a seed; all of them by `python -m pytest tests/test_interrupts.py --all-lines`."""
 import contextlib, functools, sys, threading, pytest
-from conftest import *
+from shared import *
 from test_no_trace import state, same, net_for, learner_for, prepare
 from fastai_heatmaps.core import no_trace as nt
 from torch.nn.modules import module as torch_module

@@ -1,6 +1,6 @@
 "Which layer is the default, in models whose classes and layers have any name; and whether a map's cells are where they are drawn."
 import sys, timm, warnings
-from conftest import *
+from shared import *
 from test_models import one_line, ready, names_of, by_hand, tokens, close_maps
 from fastai_heatmaps.core.layers import attentions, layer_names
 sys.path.insert(0, str(Path(__file__).parents[1]/'tools'))

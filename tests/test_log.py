@@ -1,7 +1,7 @@
 "LogHeatmaps: the heatmaps of the same photos after each epoch, where they should be, and a training that takes its own course."
 import io, shutil
 from copy import deepcopy
-from conftest import *
+from shared import *
 from test_no_trace import state, same
 from fastai.callback.fp16 import MixedPrecision
 

@@ -1,6 +1,6 @@
 "Many classes at once: the same maps as one class at a time, for any head, in the memory of a few."
 import pytest, torch.utils.checkpoint
-from conftest import *
+from shared import *
 from fastai_heatmaps.core import hooks, passes
 from fastai_heatmaps.core.no_trace import quiet, thread_modes
 

@@ -1,7 +1,7 @@
 "Grad-CAM on the default layer and on inner ones, in every kind of model, against a plain backward pass through all of it."
 import pytest, threading, timm, torchvision
 from timm.models import deit, swin_transformer, vision_transformer
-from conftest import *
+from shared import *
 from test_no_trace import state, same as unchanged
 
 tv = torchvision.models

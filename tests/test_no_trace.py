@@ -1,7 +1,7 @@
 "Whatever is called, and however it ends, the model and the Learner are what they were."
 import signal, threading, weakref, pytest
 from fastcore.test import test_eq as equal
-from conftest import *
+from shared import *
 from fastai_heatmaps.core.no_trace import eval_mode
 
 

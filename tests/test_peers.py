@@ -5,7 +5,7 @@ import pytest, pytorch_grad_cam as pgc, timm
 from pytorch_grad_cam.ablation_layer import AblationLayer
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
 from torchvision.models import VisionTransformer
-from conftest import *
+from shared import *
 from fastai_heatmaps.methods.changed import noisy
 
 tc = pytest.importorskip('torchcam.methods', reason='torchcam needs Python 3.11')

@@ -2,7 +2,7 @@
 import io
 import PIL.ImageChops, PIL.ImageFilter, PIL.ImageOps
 import pytest
-from conftest import *
+from shared import *
 from fastai_heatmaps.data.images import to_images
 from fastai_heatmaps.data.photo import original
 

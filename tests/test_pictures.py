@@ -1,6 +1,6 @@
 "What is drawn is where it belongs, in the right colours, and nothing is cut off."
 import pytest
-from conftest import *
+from shared import *
 from fastai_heatmaps.data.draw import wrap_title
 
 

@@ -1,6 +1,6 @@
 "The process's random numbers: nothing of ours draws them, and nothing rewinds what another thread draws."
 import threading, pytest
-from conftest import *
+from shared import *
 
 
 def train(pics, beside=None):

@@ -2,7 +2,7 @@
 import base64, io, subprocess, tracemalloc
 from html.parser import HTMLParser
 import chromium
-from conftest import *
+from shared import *
 from fastai_heatmaps.data.drawn import is_drawn, drawn_by
 from fastai_heatmaps.trust.findings import Findings
 from fastai_heatmaps.views import report as views_report

@@ -1,6 +1,6 @@
 "The pretrained Learner, its photos, and the command that draws them."
 import subprocess, sys, pytest
-from conftest import *
+from shared import *
 from fastai_heatmaps.cli.main import main
 
 

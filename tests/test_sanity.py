@@ -1,7 +1,7 @@
 "Do maps depend on what was learned? Stages by hand, methods that do and that do not by construction, weights that stay the same bits, a known entropy."
 import pickle, weakref
 import scipy.stats
-from conftest import *
+from shared import *
 from test_interrupts import try_lines
 from fastai_heatmaps.core.method import get_method
 from fastai_heatmaps.data.images import to_images

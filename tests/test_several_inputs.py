@@ -2,7 +2,7 @@
 import pytest
 from copy import deepcopy
 from test_no_trace import state, same
-from conftest import *
+from shared import *
 from fastai_heatmaps.core.inputs import of_input, parts_of
 
 

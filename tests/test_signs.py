@@ -1,6 +1,6 @@
 "The sign of evidence, and where there is none, by hand; and inputs that are no pictures, made under `inference_mode`, or explained into a log file."
 import contextlib, io, pytest, sys, warnings
-from conftest import *
+from shared import *
 from fastai_heatmaps.core import passes
 from fastai_heatmaps.core.tasks import tasks
 

@@ -1,7 +1,7 @@
 "How far maps move under noise and a flip, and how concentrated they are."
 import pickle, pytest
 from scipy.stats import spearmanr
-from conftest import *
+from shared import *
 from test_no_trace import state, same
 from test_interrupts import try_lines, n_lines
 from fastai_heatmaps.core.method import get_method

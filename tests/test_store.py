@@ -3,7 +3,7 @@ import csv, functools, json, multiprocessing, os, re, stat, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import requires
 import pytest
-from conftest import *
+from shared import *
 import fastai_heatmaps.cli.main as cli
 from fastai_heatmaps.core.method import heatmap_methods, heatmap_method
 from fastai_heatmaps.data.files import add_rows, locked, temp_files, whole_file

@@ -2,7 +2,7 @@
 import pytest
 from copy import copy, deepcopy
 from types import SimpleNamespace
-from conftest import *
+from shared import *
 
 
 def nr(o): return int(Path(o).stem.rsplit('_', 1)[1])

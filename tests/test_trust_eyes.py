@@ -1,6 +1,6 @@
 "What a user of the checks found who did not write them."
 import pytest
-from conftest import *
+from shared import *
 from test_check import patch_learner, patch_net, patch_picture, fresh_net, sure, m
 from fastai_heatmaps.trust.check import says_trust, draw_trust
 

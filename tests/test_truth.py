@@ -1,6 +1,6 @@
 "Pictures and models of which it is known what the answer rests on, and what each method marks on them."
 import pickle
-from conftest import *
+from shared import *
 from fastai_heatmaps.core.method import get_method
 from fastai_heatmaps.trust.truth import truth_items, truth_picture, truth_learner, patch_box, patch_energy, swapped, swap_effect, score_methods, set_model, colors, picture_side, patch_side, cell_side
 

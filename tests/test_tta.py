@@ -1,5 +1,5 @@
 "tta=True: maps and predictions are averages over six views, each brought back to where the picture was."
-from conftest import *
+from shared import *
 from test_no_trace import state, same
 from fastai_heatmaps.core.moves import Move, moves, moved, moved_back, mean_of_views
 from fastai_heatmaps.cli.main import main

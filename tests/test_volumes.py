@@ -1,7 +1,7 @@
 """Volumes (n, C, D, H, W): each method by its formula along three axes, the layers of 3-D nets, a Learner of volumes, and how they are drawn.
 By hand where that is short; elsewhere a method must not care which axis comes first, and a volume of one slice must have the map of a picture."""
 import pytest, warnings
-from conftest import *
+from shared import *
 from fastai_heatmaps.core.layers import as_map
 from fastai_heatmaps.data.volumes import find_slices, lay, strongest_point
 from fastai_heatmaps.views.explore import _png
