@@ -135,6 +135,7 @@ def test_a_mosaic_of_photos(demo):
         assert sums.argmax()==i and sums[i]>.6*sums.sum(), (names[i], sums)
 
 
+@pytest.mark.slow
 def test_named_classes_that_are_not_there_are_faint(demo):
     "Their evidence is measured on the scale of all classes"
     def strength(cls): return np.asarray(demo.show_answer_map(demo_image('rocket'), cls=cls).images[1].get_array())[...,3]

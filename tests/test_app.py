@@ -102,6 +102,7 @@ def test_costs(served, small, files, monkeypatch):
         new.unlink()
 
 
+@pytest.mark.slow
 def test_opacity(served, files):
     "The picture with half the opacity lies half-way between the photo and the map"
     plain,half,full = [served(files[0], opacity=o)[1] for o in (0, .5, 1)]
@@ -134,6 +135,7 @@ def test_photos_of_all_kinds(served, small, tmp_path):
     assert float(lying)!=pytest.approx(served(tmp_path/'turned.jpg')[0][small.dls.vocab[0]], abs=1e-5) # or it was not shown that it is turned
 
 
+@pytest.mark.slow
 def test_no_photo(served, small, pics, tmp_path):
     "One line, which names the file and no folder of the server; the next photo is answered"
     jpg = io.BytesIO()

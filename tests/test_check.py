@@ -39,6 +39,7 @@ def patch_learner(n=24, model=None, block=CategoryBlock, y=lambda i: ('red','blu
 def found(): return patch_learner().check_heatmaps(method=['gradcam', 'hirescam', 'activations'])
 
 
+@pytest.mark.slow
 def test_a_map_that_is_right(found):
     "Of a net whose weights are known, and so is where it looks"
     words = found.words.split('\n\n')
@@ -100,6 +101,7 @@ def test_nothing_overlaps(found):
     assert all(b.x0>=0 and b.y0>=0 and b.x1<=w and b.y1<=h for b in boxes)
 
 
+@pytest.mark.slow
 def test_seed_and_batches(found):
     again = patch_learner(bs=5).check_heatmaps(method='gradcam')
     for k,v in again.each.items(): torch.testing.assert_close(v, found.each[k], rtol=1e-3, atol=1e-3, equal_nan=True)
@@ -108,6 +110,7 @@ def test_seed_and_batches(found):
     assert len(ranks)==16 and 'Measured on 20 photos, in' in other.words and not torch.equal(ranks, again.each['gradcam sanity'])
 
 
+@pytest.mark.slow
 def test_too_few_photos():
     f = patch_learner().check_heatmaps(n=6)
     assert f.loc['gradcam','verdict']=='cannot be told'
@@ -157,6 +160,7 @@ def others():
 @pytest.mark.parametrize('kind,gone', [
     ('multi', []), ('one_logit', None), ('numbers', ['accuracy', 'Focus', 'Faithfulness']), ('pixels', ['accuracy', 'Focus']),
     ('one_class', ['accuracy', 'Focus']), ('one_label', ['accuracy', 'Focus'])])
+@pytest.mark.slow
 def test_other_learners(kind, gone):
     "What makes sense is measured, and what does not is named; nothing fails"
     learn = others()[kind]()
@@ -190,6 +194,7 @@ def test_errors(tmp_path):
         with pytest.raises(ValueError, match=says): learn.check_heatmaps(**kwargs)
 
 
+@pytest.mark.slow
 def test_items_without_labels():
     f = patch_learner().check_heatmaps([patch_picture(i) for i in range(20)])
     assert 'The accuracy could not be measured: the true classes of these photos are not known.' in f.words

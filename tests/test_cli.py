@@ -74,6 +74,7 @@ def one(res, rc, *words):
     for w in words: assert w in res.stderr, res.stderr
 
 
+@pytest.mark.slow
 def test_answers_without_fastai(site, tmp_path):
     "Help, and what can be said without a model, do not wait for fastai"
     (tmp_path/'x.pkl').touch(); (tmp_path/'x.jpg').touch()
@@ -179,6 +180,7 @@ def test_no_learner(tmp_path, what):
             assert '\n' not in str(e.value) and 'weights_only' not in str(e.value), e.value
 
 
+@pytest.mark.slow
 def test_weights(call, pets, pics, tmp_path):
     "Weights give what the Learner gave that they were saved from, normalisation included; also those with the state of the optimizer. Images of a CSV, drawn on the originals"
     learn,path = pets
@@ -324,6 +326,7 @@ def test_many_images(pets, pics, tmp_path, monkeypatch, capsys):
     assert 'heatmaps of 143 images, 1 skipped' in capsys.readouterr()[0]
 
 
+@pytest.mark.slow
 def test_grid(call, pets, pics, tmp_path, capsys):
     res = call('grid', pets[1]/'export.pkl', pics, '--trust', '--n', 3, '--seed', 1, '--cls', 'Red', '--out', 'new/a.png')
     assert res.returncode==0 and res.stdout=='new/a.png: 3 images\n' and res.stderr=='', res.stderr
@@ -425,6 +428,7 @@ def test_a_photo_that_may_not_be_opened(call, pets, mixed, monkeypatch):
         assert len(files.find_images(['photos'])[0])==4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['jpg', 'svg'])
 def test_an_own_grid_is_no_photo(call, pets, mixed, kind):
     for i in range(2):

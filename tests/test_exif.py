@@ -167,6 +167,7 @@ def call(photos, small, tmp_path, monkeypatch, capsys):
     return _call
 
 
+@pytest.mark.slow
 def test_command_line(call, photos, small, scene, tmp_path):
     "One line says so and what to do; with --upright all eight are the same photo: as input, as original, as numbers and in a grid"
     def overlays(out): return [np.array(Image.open(o)) for o in sorted(Path(out).glob('*-overlay.png'))]

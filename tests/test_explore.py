@@ -87,6 +87,7 @@ def test_other_tasks(block, get_y, pics, file):
     same(before, state(learn.model, learn))
 
 
+@pytest.mark.slow
 def test_what_is_shown(learn, file):
     ui = learn.explore_heatmaps(file, alpha=0)
     pic,classes,methods,layers,opacity,note = parts(ui)
@@ -110,6 +111,7 @@ def test_what_is_shown(learn, file):
     assert not layers.disabled
 
 
+@pytest.mark.slow
 def test_errors_in_one_line(learn, file):
     pic,classes,methods,layers,opacity,note = parts(learn.explore_heatmaps(file))
     @heatmap_method('fails')

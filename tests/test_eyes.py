@@ -86,6 +86,7 @@ def test_grid_writes_over_grids_only(pics, tmp_path, capsys, kind):
     assert 'was not made by this package' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_demo_leaves_other_pages_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(cli_demo, 'demo_pictures', lambda learn: [('one', 'a line', lambda: plt.plot([1,2]))])
     page = cli_demo.demo(tmp_path/'d')

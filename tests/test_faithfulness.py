@@ -282,6 +282,7 @@ def same(a, b, **kwargs):
 every = list(faithfulness_metrics)
 
 
+@pytest.mark.slow
 def test_batches_do_not_matter(learn):
     hm = learn.get_heatmaps(cls=['Red', 'Blue_ish'])
     found = hm.faithfulness(metrics=every, steps=3, bs=1)
@@ -459,6 +460,7 @@ def test_fill_is_in_the_table(learn):
         assert list(hm.faithfulness(metrics=['deletion', 'road_most'], steps=2, fill=fill)['fill'])==[name, 'neighbours']
 
 
+@pytest.mark.slow
 def test_what_is_drawn(fine):
     found = fine.faithfulness(metrics=every, steps=4)
     axs = found.plot(i=1, j=1)

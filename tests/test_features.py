@@ -196,6 +196,7 @@ def test_excite_finds_what_is_asked_for():
     with pytest.raises(ValueError, match='no way'): excite(lambda p: p.detach().mean(), (3,8,8), 2)
 
 
+@pytest.mark.slow
 def test_class_image_raises_the_class(learn):
     "A tiny net that calls red what is more red than blue: its class image is red, through the Normalize of its DataLoaders"
     learn.dls.add_tfms([Normalize.from_stats([.2,.3,.4], [.5,.6,.7], cuda=False)], 'after_batch')

@@ -556,6 +556,7 @@ def tent_products(size, cells):
     return res
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('p', [.3, .5])
 @proves('rise')
 def test_rise_of_a_linear_net_against_its_expectation(method, p):

@@ -126,6 +126,7 @@ def test_channels(pics, cls, n_in, mode):
     learn.plot_heatmap_grid()
 
 
+@pytest.mark.slow
 def test_dataframe_folder_function_and_without_resize(pics, tmp_path):
     files = get_image_files(pics).sorted()
     df = pd.DataFrame(dict(name=[f.name for f in files], label=[label(f) for f in files], valid=[i%2==0 for i in range(12)]))

@@ -126,6 +126,7 @@ def check_overlay(learn, interp, k, largest=True, cls='pred', **options):
     return fig,own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cls', ['pred', 'targ', 'both'])
 def test_top_losses(torn, cls):
     fig,own = check_overlay(torn.learn, torn, 5, cls=cls)
@@ -140,6 +141,7 @@ def test_top_losses_with_options(torn, k, largest, kwargs):
         if 'figsize' in kwargs: assert tuple(fig.get_size_inches())==(4,9)
 
 
+@pytest.mark.slow
 def test_panels_of_a_photo_are_beside_each_other(torn):
     "In the place of the one Axes that fastai made, in its row"
     own,_ = drawn(lambda: Interpretation._orig_plot_top_losses(torn, 4))
@@ -179,6 +181,7 @@ def test_titles_of_top_losses(torn, cls, options):
     assert parts<=words|{'shown', 'stronger'} and len(parts&words)>=4
 
 
+@pytest.mark.slow
 def test_looks(torn):
     def first(**kwargs): return drawn(lambda: torn.plot_top_losses(3, heatmap=True, **kwargs))[0].axes[0].images[1]
     im = first(alpha=.3, cmap='viridis', interpolation='nearest')
@@ -335,6 +338,7 @@ def by_cell(learn):
     return cells,preds.as_subclass(Tensor)
 
 
+@pytest.mark.slow
 def test_confusions(torn):
     "Of each cell: as many as fastai counts, those very items, the largest loss first, the predicted class and the true one"
     learn,cm = torn.learn,torn.confusion_matrix()
@@ -431,6 +435,7 @@ def counted(learn):
     return n,h
 
 
+@pytest.mark.slow
 def test_compare_methods(learn, pics):
     "Each panel is `get_heatmaps` of its method; those of a layer share one pass"
     f,methods = get_image_files(pics)[0],['gradcam', 'gradcam++', 'activations', 'finercam', 'eigencam', 'layercam']
@@ -554,6 +559,7 @@ def three(pics):
     return {n:pic_learner(pics, arch, size=s) for n,arch,s in (('eighteen', resnet18, 64), ('large', resnet18, 96), ('squeeze', squeezenet1_1, 64))}
 
 
+@pytest.mark.slow
 def test_compare_learners(three, pics):
     "Each title is that model's own prediction, each map that model's own"
     files = get_image_files(pics)[:3]
@@ -570,6 +576,7 @@ def test_compare_learners(three, pics):
             assert ax.images[1].get_extent()==ax.images[0].get_extent()
 
 
+@pytest.mark.slow
 def test_compare_learners_for_a_class(three, pics):
     "The model's own prediction is told also where another class is explained; the truth in the first row"
     files = get_image_files(pics)[:2]
@@ -709,6 +716,7 @@ def test_the_difference_follows_the_second_model(pics):
 
 # what a person sees
 
+@pytest.mark.slow
 def test_nothing_is_cut_off(three, pics):
     "Every title and every name of a row is inside the figure, and none covers another"
     long = {f'a model with a long name, number {i}':l for i,l in enumerate(three.values())}

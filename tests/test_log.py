@@ -69,6 +69,7 @@ def test_each_epoch_shows_the_model_as_it_was(pics, photos):
         assert torch.equal(log.heatmaps[epoch].maps, want.maps) and torch.equal(log.heatmaps[epoch].preds, want.preds)
     assert not torch.equal(log.heatmaps[0].maps, log.heatmaps[2].maps)
 
+@pytest.mark.slow
 def test_epochs_go_on_counting(pics, photos):
     "In fine_tune, which fits twice, and in further fits; the last epoch of each is there, too"
     learn,log = tiny(pics),LogHeatmaps(photos, every=2)
@@ -183,6 +184,7 @@ def test_long_names_are_not_cut_off(pics, photos):
         for o in panels: assert (pixels(o)[:2]==255).all()
 
 
+@pytest.mark.slow
 def test_folder(pics, photos, tmp_path):
     "A picture for each photo and epoch, strips, animations; written by whoever wrote them before, and no one else"
     learn,log = tiny(pics),LogHeatmaps(photos, to=str(tmp_path/'new'/'logs'))

@@ -324,6 +324,7 @@ def test_compiled_models(net, how):
     if 'eager' not in how: assert len(calls)>n and len(compiled)==c, 'the model is compiled no more, or once again'
 
 
+@pytest.mark.slow
 def test_compiled_models_in_two_threads(net):
     "Runs that overlap, of which the first to begin is the first to end, leave torch compiling as it did before"
     x,calls,compiled,steps = torch.randn(2, 3, 33, 33),[],[],[threading.Event() for _ in range(3)]

@@ -312,6 +312,7 @@ def test_captum_ablationcam(small, negative):
         close(got, (drops*acts).sum(1)[0]/y.abs())
 
 
+@pytest.mark.slow
 def test_captum_ablationcam_of_a_linear_head(lite0):
     "There the drop without a channel is the sum of its gradients times its activations"
     model,xb,targs = lite0[0],lite0[1]('cat', 'rocket'),[281,540]
@@ -349,6 +350,7 @@ def test_captum_guided_gradients(case, method, peer):
     if any(isinstance(m, nn.ReLU6) for m in model.modules()): differ(maps, peer(model).attribute(xb, target=targs).abs().amax(1))
 
 
+@pytest.mark.slow
 @two
 def test_captum_guided_gradcam(case):
     model,_,xb,targs = case

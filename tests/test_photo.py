@@ -90,6 +90,7 @@ batches = {
     'hue': [Hue(p=1.), Saturation(p=1.)], 'all': [*aug_transforms(size=96), Normalize.from_stats(*imagenet_stats)],
 }
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train', [False, True])
 def test_fastai_transforms_are_accepted(train):
     "For validation, and for training if it is one draw that is asked about"

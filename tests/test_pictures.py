@@ -138,6 +138,7 @@ def test_each_image_is_read_once(learn):
     assert read==[1, 0, 1]
 
 
+@pytest.mark.slow
 def test_grid_layout(learn):
     assert learn.plot_heatmap_grid(n=4, seed=25).shape==(2,4) # four photos, each beside its heatmap
     assert learn.plot_heatmap_grid(n=2, topk=2).shape==(2,3)
@@ -155,6 +156,7 @@ def test_a_seed_chooses_the_same_photos(learn):
     assert titles(3)==titles(3) and any(titles(3)!=titles(s) for s in range(4, 9))
 
 
+@pytest.mark.slow
 def test_a_picture_of_itself(learn):
     hm = learn.get_heatmaps()
     png = hm._repr_png_()
@@ -255,6 +257,7 @@ def test_which_methods_make_pixels(method):
 def boxes(axs): return [ax.get_window_extent() for ax in axs]
 
 
+@pytest.mark.slow
 def test_bars(learn):
     "A bar is as high as its picture and beside it, and its ends are those of the scale; one for all where the scale is one"
     hm = learn.get_heatmaps(cls=[0,1])[:3]

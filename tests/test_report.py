@@ -516,6 +516,7 @@ def canvas(card, panel=1): return f"document.querySelector('#photo-{card} .panel
 def pixels(card, panel=1): return f"[...{canvas(card, panel)}.getContext('2d').getImageData(0, 0, 64, 64).data]"
 
 
+@pytest.mark.slow
 def test_loads_alone(browser, page):
     "No error, no message and no request, also after everything was used; the names are what they are"
     browser.open(page).settle()

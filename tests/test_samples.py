@@ -32,6 +32,7 @@ def test_two_objects(demo, pair, cls):
     assert np.mean(inside)>=.9 and min(inside)>.85, inside
 
 
+@pytest.mark.slow
 def test_any_picture(demo):
     for size in ((31,500), (224,224), (640,480), (1,1)):
         ax = demo.show_gradcam(Image.new('RGB', size, (90,120,60)))

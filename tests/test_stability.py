@@ -114,6 +114,7 @@ def test_what_is_the_same_answer(linear):
     assert same_answer(hm, hm.replace(preds=q)).all()
 
 
+@pytest.mark.slow
 def test_methods_share_passes_and_noise(learn):
     "Several at once: the same as each alone, in 4 passes for all of the CAM family; the same however they are batched"
     ran = 0

@@ -94,6 +94,7 @@ def test_single_label(pics):
         assert hm.title(i, 1-int(p.argmax()))[1]==('green' if right else 'red')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('get_y', [tags, no_tags])
 def test_multi_label(pics, get_y):
     learn = task_learner(pics, MultiCategoryBlock, get_y)
@@ -493,6 +494,7 @@ def test_several_inputs(method):
         assert not torch.allclose(maps, f(model, x, m.flip(0))[0], rtol=.1)
 
 
+@pytest.mark.slow
 def test_a_learner_with_two_inputs(pics):
     dls = task_dls(pics, RegressionBlock(n_out=2), CategoryBlock, getters=[noop, meta, label], n_inp=2)
     set_seed(7)
@@ -564,6 +566,7 @@ def test_a_model_that_gives_nan_is_not_right(learn):
     assert all(hm.title(i)[1]=='black' and '✓' not in ' '.join(hm.title(i)[0]) for i in range(len(hm)))
 
 
+@pytest.mark.slow
 def test_pictures_of_themselves_only_where_there_are_some(learn, tmp_path):
     hm = learn.get_heatmaps(out=tmp_path/'a')
     assert hm._repr_png_()[1:4]==b'PNG' and hm[:0]._repr_png_() is None and load_heatmaps(tmp_path/'a')._repr_png_() is None

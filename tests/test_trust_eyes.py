@@ -35,6 +35,7 @@ def test_a_stage_whose_maps_are_all_flat_has_its_place():
 
 def nan_map(acts, grads): return acts.mean(1)*np.nan
 
+@pytest.mark.slow
 def test_maps_that_are_not_finite():
     "Of a model or a method that gives NaN: said in whole sentences, and drawn"
     learn = patch_learner(8)
@@ -130,6 +131,7 @@ def test_what_shuffled_labels_do_to_the_maps_is_said():
     assert f"the rank correlation with the maps of that model is {f'{r:.2f}'.replace('0.', '.', 1)} ± " in f.words
 
 
+@pytest.mark.slow
 def test_long_names_and_wide_photos():
     "The titles take room of their own: the pictures stay as large"
     def wide(i): return PILImage.create(np.array(patch_picture(i))[:32])
@@ -172,6 +174,7 @@ def two_patches(n=24):
     return Learner(dls, TwoPatches(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 
+@pytest.mark.slow
 def test_check_of_several_inputs():
     learn = two_patches()
     found = {i:learn.check_heatmaps(input=i) for i in range(2)}

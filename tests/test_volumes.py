@@ -545,6 +545,7 @@ def test_what_is_for_pictures_says_so(scan_learn):
         assert '\n' not in str(e.value)
 
 
+@pytest.mark.slow
 def test_explore_slices(scan_learn, scans):
     "A slider moves the slice across the depth, from the strongest point on, and stays where it is; the two others go through the strongest point of the class"
     pytest.importorskip('ipywidgets')
