@@ -36,10 +36,12 @@ def ready(name):
     "The model in eval mode, without the zeros with which some layers begin, and its batch norms' statistics"
     set_seed(1)
     model = timm.create_model(name, pretrained=False).eval()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in model.modules():
         if isinstance(m, nn.Linear) and not m.weight.any(): nn.init.normal_(m.weight, std=.02)
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.train().momentum = None # the mean of all that was seen
-    with torch.no_grad(): model(pictures_for(model))
+    for m in norms: m.train().momentum = None # the mean of all that was seen
+    if norms:
+        with torch.no_grad(): model(pictures_for(model))
     return model.eval()
 
 
