@@ -1,7 +1,6 @@
 "Build the docs site, or README.md, from nbs/: cells as nbdev prepares them for its docs, outputs as stored in the notebooks."
 import os,re,shutil,sys,yaml
 from base64 import b64decode
-from configparser import ConfigParser
 from functools import partial
 from importlib import import_module
 from io import BytesIO,StringIO
@@ -22,12 +21,11 @@ from sphinx.cmd.build import main as sphinx_build
 
 root = Path(__file__).absolute().parents[1]
 sys.path.insert(0, str(root/'tools'))
+from oldest import settings
 from reference import PUBLIC,receivers,reference,tidy
 
 nbs = get_config(root).nbs_path
-ini = ConfigParser(delimiters='=')
-ini.read(root/'settings.ini', 'utf-8')
-url = ini['DEFAULT']['git_url']
+url = settings()['git_url']
 left_out = 'FrontmatterProc','clean_show_doc','add_fold','exec_show_docs' # the first three are for Quarto; the last would run lessons again
 
 def page(fn):
