@@ -365,6 +365,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace.eval_mode': ( 'core.no_trace.html#eval_mode',
                                                                                             'fastai_heatmaps/core/no_trace.py'),
+                                               'fastai_heatmaps.core.no_trace.every_module': ( 'core.no_trace.html#every_module',
+                                                                                               'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace.map_graphs': ( 'core.no_trace.html#map_graphs',
                                                                                              'fastai_heatmaps/core/no_trace.py'),
                                                'fastai_heatmaps.core.no_trace.no_trace': ( 'core.no_trace.html#no_trace',

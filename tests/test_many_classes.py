@@ -141,6 +141,26 @@ def test_each_way_is_taken_where_it_pays(head, method, k, passes):
     assert [n for n,_ in seen]==passes
 
 
+def test_a_linear_head_is_proved_once():
+    "and again where it is another, or no longer gives the scores"
+    m,x = net('linear'),torch.rand(2, 3, 7, 7)
+    def passes():
+        with watched() as seen: maps,_ = model_heatmaps(m, x, cls=list(range(20)), relu=False)
+        return len(seen),maps
+    (first,maps),(again,same_maps) = passes(),passes()
+    assert (first,again)==(1,0) and torch.equal(maps, same_maps)
+    old = m[1][2]
+    m[1][2] = nn.Linear(6, c+1) # with more classes
+    same(m, x, k=20)
+    assert passes()[0]==0
+    m[1][2] = nn.Sequential(old, Do(lambda o: o*1.002)) # the scores are nearly those of `old`
+    assert passes()[0]==2
+    same(m, x, k=20)
+    m[1][2] = old
+    old.weight.data.mul_(3)
+    torch.testing.assert_close(passes()[1], 3*maps)
+
+
 @pytest.mark.parametrize('method', ['gradcam', 'layercam'])
 def test_in_the_memory_of_a_few(method, monkeypatch):
     "What a backward pass computes stays within the limit, unless one class alone is above it"

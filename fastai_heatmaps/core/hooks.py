@@ -194,7 +194,7 @@ def gradients(
                      "and one that the model does not run under no_grad itself")
 
 # %% ../../nbs/01_core.hooks.ipynb #hk000041
-at_once = 8*2**20 # bytes of gradients that are computed together
+at_once = 4*2**20 # bytes of gradients that are computed together
 
 def in_parts(
     asked:Tensor, # (k, ...): what is asked, class by class
@@ -219,7 +219,7 @@ def gradient_parts(
     for i,part in enumerate(parts):
         weights = (F.one_hot(part, c) if part.ndim==2 else part).to(scores)
         more,grads = retain or i<len(parts)-1,None
-        if batched and len(part)>1:
+        if batched and len(part)>2:
             try: grads = [gradients(scores, weights, leaves, retain=True)]
             except Exception: batched = False # what else is wrong goes wrong again, one by one
         if grads is None: grads = ([g[None] for g in gradients(scores, w, leaves, more or j<len(part)-1)] for j,w in enumerate(weights))

@@ -9,7 +9,7 @@ __all__ = ['tensors_in', 'recorded_shapes', 'output_shapes', 'layer_shapes', 'is
 
 # %% ../../nbs/02_core.layers.ipynb #87148aea
 from fastai.basics import *
-from .no_trace import quiet, no_trace, FunctionMode
+from .no_trace import quiet, no_trace, FunctionMode, every_module
 from .hooks import leaf_hooks, copied_outputs, every_output
 from difflib import get_close_matches
 from itertools import combinations
@@ -121,7 +121,7 @@ _pools = nn.modules.pooling._AdaptiveAvgPoolNd,nn.modules.pooling._AdaptiveMaxPo
 _convs = nn.modules.conv._ConvNd
 _products = 'matmul','__matmul__','bmm','baddbmm','einsum','scaled_dot_product_attention','multi_head_attention_forward'
 
-def _has(m, types): return any(isinstance(o, types) for o in m.modules())
+def _has(m, types): return any(isinstance(o, types) for o in every_module(m))
 
 # %% ../../nbs/02_core.layers.ipynb #ly000004
 def is_body_and_head(

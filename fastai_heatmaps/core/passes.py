@@ -9,7 +9,7 @@ __all__ = ['near', 'at_each', 'Probe', 'resized', 'fuse', 'check_hook', 'check_w
 # %% ../../nbs/06_core.passes.ipynb #ps000003
 from fastai.basics import *
 from fastai.callback.hook import Hook
-from .no_trace import quiet, unwrap, restoring, thread_modes, no_trace
+from .no_trace import quiet, unwrap, restoring, thread_modes, no_trace, every_module
 from .hooks import InputHook, in_parts, gradient_parts, each_gradient
 from .layers import tensors_in, is_picture, spatial, is_one_cell, as_map, no_map, layer_names
 from .targets import class_indices, is_targ
@@ -24,16 +24,16 @@ from itertools import chain
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 from numbers import Integral
-import sys
+import sys,weakref
 
 # %% ../../nbs/06_core.passes.ipynb #ps000070
 def near(
     a:Tensor, # What was computed one way (n, ...)
     b:Tensor, # And another, of the same shape
-    tol:float=1e-5 # As a part of the largest number of `b`
+    tol:float=1e-5 # As a part of the length of `b`
 ) -> bool:
     "Ask whether two results are the same for each image, but for rounding"
-    apart,size = [torch.linalg.vector_norm(o.flatten(1), torch.inf, 1) for o in (a-b, b)]
+    apart,size = [torch.linalg.vector_norm(o.flatten(1), dim=1) for o in (a-b, b)]
     return bool((apart<=tol*size).all())
 
 # %% ../../nbs/06_core.passes.ipynb #ps000071
@@ -46,6 +46,8 @@ def at_each(
     return (w/size.numel())[(..., *[None]*len(size))].expand(*w.shape, *size)
 
 # %% ../../nbs/06_core.passes.ipynb #ps000006
+_proved = weakref.WeakKeyDictionary() # a layer -> the linear one that takes the mean of its map and gives the scores, found so by a gradient
+
 class Probe(GetAttr):
     "One question to a pass: the classes `idxs` (n, k) with their scores `y` (n, k), and what a layer put out, `acts` (n, C, h, w)"
     _default = 'ran'
@@ -85,7 +87,7 @@ class Probe(GetAttr):
             for g, in gradient_parts(self.scores, [self.hook.stored], asked, self.retain):
                 yield self.map(g.flatten(0, 1)).float().unflatten(0, g.shape[:2])
         else:
-            for part in in_parts(asked, 4*self.acts.numel()): yield at_each(w[part], self.acts)
+            for part in in_parts(asked, self.acts.numel()): yield at_each(w[part], self.acts) # which takes no memory itself
 
     def random_weights(self, seed):
         "Make weights (n, c) of the scores, in which each class has a part: what holds for them holds for all classes"
@@ -94,16 +96,22 @@ class Probe(GetAttr):
     @cached_property
     def weights(self):
         "Find the weights (c, C) of the linear layer, if the scores explained are one after the mean over the map: then they are the gradients"
-        size = self.scores.shape[1],self.acts.shape[1]
-        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.weight.shape==size]
-        if not layers: return
-        asked,(w,bias) = self.idxs.unique(),[o if o is None else o.detach().float() for o in (layers[-1].weight, layers[-1].bias)]
-        guess = F.linear(self.acts.mean(spatial(self.acts)), w[asked], bias if bias is None else bias[asked])
-        if not near(guess, self.scores.detach()[:,asked].float(), 1e-2): return # it takes something else than the mean
+        mean,asked,said = self.acts.mean(spatial(self.acts)),self.idxs.unique(),self.scores.detach()
+        def gives(layer, tol): # are the scores what it makes of the mean?
+            w,bias = layer.weight.detach()[asked].float(),layer.bias
+            return near(F.linear(mean, w, bias if bias is None else bias.detach()[asked].float()), said[:,asked].float(), tol)
+        def fits(m): return isinstance(m, nn.Linear) and m.weight.shape==(said.shape[1], mean.shape[1])
+        layer = _proved.get(self.hook.m, noop)()
+        if fits(layer) and gives(layer, 1e-4): return layer.weight.detach().float()
+        layer = last(filter(fits, every_module(self.model)), None)
+        if layer is None or not gives(layer, 1e-2): return
         v = self.random_weights(0)
         v = torch.zeros_like(v).scatter(1, self.idxs, v.gather(1, self.idxs))
         (g,), = each_gradient(self.scores, [self.hook.stored], v[None], retain=True)
-        if near(self.map(g).float(), at_each(v[:,asked].float()@w[asked], self.acts)): return w
+        w = layer.weight.detach().float()
+        if not near(self.map(g).float(), at_each(v[:,asked].float()@w[asked], self.acts)): return
+        _proved[self.hook.m] = weakref.ref(layer)
+        return w
 
     def by_class(self, f):
         "List what `f` makes of the gradients of each class, of several at once where its operations can be batched"
