@@ -257,7 +257,7 @@ def test_means(hm, page):
         got = np.frombuffer(base64.b64decode(o['data-map']), np.uint8).reshape(int(o['data-rows']), int(o['data-cols']))
         assert np.abs(got-255*(m/m.max()).numpy()).max()<=.51 and float(o['data-share'])==pytest.approx(float(m.max())/top, abs=1e-3)
     photos = [o for o in p.all('img') if 'mean of' in o['alt']]
-    assert [o['alt'] for o in photos]==[f'Photos of {name}, mean of 2 photos' for name in names]
+    assert [o['alt'] for o in photos]==[f'{name}, mean of 2 photos' for name in names]
     got = np.float32(Image.open(io.BytesIO(base64.b64decode(photos[0]['src'].split(',')[1]))))
     diff = got - 255*(hm.image(0)+hm.image(3)).permute(1, 2, 0).numpy()/2
     assert np.abs(diff.reshape(8, 8, 8, 8, 3).mean((1,3,4))).max()<4 # a JPEG, whose blocks are of 8×8
@@ -616,6 +616,33 @@ def test_slices_of_a_volume(browser, tmp_path):
     assert jpeg==[192,24*96]
 
 
+@pytest.mark.slow
+def test_means_of_volumes(browser, tmp_path):
+    "Each class has a film of its own, which begins at the strongest place of the mean map; volumes and maps of other sizes are stretched"
+    def scan(size, at, cells):
+        m = torch.zeros(1, *cells)
+        m[0,at] = 3
+        return torch.linspace(0, 1, size[0])[:,None,None].expand(1, *size).clone(),m
+    scans = [scan((16,8,8), 1, (4,4,4)), scan((8,8,8), 1, (4,4,4)), scan((16,8,8), 2, (4,4,4)), scan((16,8,8), 5, (8,2,2))]
+    vols,maps = zip(*scans)
+    dl = torch.utils.data.DataLoader([(v,) for v in vols], batch_size=1)
+    hm = Heatmaps(list(maps), tensor([0,0,1,1])[:,None], tensor([[.9,.1],[.9,.1],[.1,.9],[.1,.9]]), images=Images(dl, range(4)), targs=tensor([0,0,1,1]), vocab=['up','down'])
+    up,down = hm.mean(by='targ').maps
+    torch.testing.assert_close(up, maps[0]/3)
+    assert down.shape==(1,4,4,4) and (down[0,2]==.75).all() and not down[0,:2].any() # (1+.5)/2
+    hm.report(tmp_path/'r.html')
+    browser.open(tmp_path/'r.html').settle()
+    def at(): return browser.js("[...document.querySelectorAll('.mean output')].map(o => +o.textContent)")
+    def strength(i): return max(browser.js(f"[...(o => o.getContext('2d').getImageData(0, 0, o.width, o.height).data)(document.querySelectorAll('.mean canvas')[{i}])].filter((_, i) => i%4==3)"))
+    browser.js("document.querySelector('#means').scrollIntoView()")
+    browser.settle()
+    assert at()==[6,10] and strength(0)==255 and browser.js("document.querySelector('.mean canvas').getAttribute('aria-label')")=='Map of up, mean of 2 photos'
+    browser.js("document.querySelector('.mean .slice').focus()")
+    for _ in range(6): browser.key('ArrowRight')
+    assert at()==[12,10] and strength(0)==0 and strength(1)==191 # on the scale of both
+    assert browser.requests==[] and all('getImageData' in o for o in browser.errors)
+
+
 def test_filter(browser, page):
     "By the predicted and the true class, and by a cell of the matrix; the status says how many"
     browser.open(page).settle()
@@ -656,7 +683,7 @@ def test_means_in_browser(browser, hm, page):
     assert set(browser.js(strength))=={255} and browser.js(colours)!=before
     browser.js("document.querySelector('#opacity').value = 30; document.querySelector('#opacity').dispatchEvent(new Event('input'))")
     assert browser.js(f"{canvases}.map(o => getComputedStyle(o).opacity)")==['0.3']*3
-    assert browser.js(f"{canvases}[0].getAttribute('aria-label')")==f'Maps of {names[0]}, mean of 2 photos'
+    assert browser.js(f"{canvases}[0].getAttribute('aria-label')")==f'Map of {names[0]}, mean of 2 photos'
     browser.open(page, script=False)
     assert not browser('Runtime.evaluate', expression="document.querySelector('#means').offsetHeight")['result']['value']
 

@@ -10,7 +10,7 @@ from fastai.vision.core import *
 from fastai.vision.data import *
 from fastai.basics import *
 from ..core.no_trace import no_trace
-from ..core.passes import with_bar
+from ..core.passes import resized, with_bar
 from ..core.tasks import tasks
 from .images import Images
 from .draw import color_scale, enlarged
@@ -18,29 +18,32 @@ from .heatmaps import Heatmaps
 import itertools
 
 # %% ../../nbs/27_data.means.ipynb #me000006
+def _stretched(o, size): # a picture, a volume or a map (k, ...), to another size
+    return enlarged(o, size, 'bilinear') if len(size)==2 else resized(o[None], size)[0]
+
 class Mean:
     "Add up maps of a class, each divided by the end of its scale, and the photos"
     def __init__(self): self.n,self.empty,self._map,self._photo = 0,0,0.,0.
 
     def add(self,
-        m:Tensor, # A map (h, w)
-        photo:Tensor # (channels, H, W)
+        m:Tensor, # A map (h, w), or (d, h, w)
+        photo:Tensor # (channels, H, W), or a volume (channels, D, H, W)
     ):
         "Add a photo and its map"
         m = m.float() if m.isfinite().all() else torch.zeros_like(m)
         m,photo = (m/color_scale([m])['vmax']).clamp(-1, 1)[None],photo.float()
-        if self.n: m,photo = enlarged(m, self._map.shape[1:], 'bilinear'),enlarged(photo, self._photo.shape[1:], 'bilinear')
+        if self.n: m,photo = _stretched(m, self._map.shape[1:]),_stretched(photo, self._photo.shape[1:])
         self.n += 1
         self.empty += int(not m.any())
         self._map,self._photo = self._map+m,self._photo+photo
 
     @property
     def map(self):
-        "Get the mean map (1, h, w), up to 1"
+        "Get the mean map (1, h, w) or (1, d, h, w), up to 1"
         return self._map/self.n
     @property
     def photo(self):
-        "Get the mean photo (channels, H, W)"
+        "Get the mean photo (channels, H, W), or volume"
         return self._photo/self.n
 
 
@@ -94,7 +97,8 @@ class MeanHeatmaps(Heatmaps):
 def _blank(hm, rows): # light pictures in place of the photos, where these are not at hand
     for i in rows:
         shape = hm.maps[i].shape[1:]
-        yield torch.full([3, *[o*max(224//max(shape), 1) for o in shape]], .95)
+        most = 224 if len(shape)==2 else 64
+        yield torch.full([3, *[o*max(most//max(shape), 1) for o in shape]], .95)
 
 def _by_class(hm, pairs): # `pairs` of a class and an image, by class; yields a class, its images and their `Mean`
     rows = [i for _,i in pairs]

@@ -38,14 +38,12 @@ def _small(o, most): # `o` (channels, H, W), `most` a side
     shrink = most/max(most, *o.shape[1:])
     return F.interpolate(o[None], [max(1, round(s*shrink)) for s in o.shape[1:]], mode='area')[0] if shrink<1 else o
 
-def _bytes(maps, signed, most=56): # the maps (k, h, w) or (k, slices, h, w) of a photo as bytes; each one's scale, as a share of the largest
-    maps = torch.nan_to_num(maps.float(), 0, 0, 0)
-    maps = _small(maps.flatten(0, -3), most).unflatten(0, maps.shape[:-2])
-    least,top = [tensor([color_scale([m], signed)[k] for m in maps]) for k in ('vmin', 'vmax')]
-    each = -1,*[1]*(maps.ndim-1)
-    cells = 255*(maps-least.view(each))/(top-least).view(each)
-    top[~maps.flatten(1).any(1)] = 0
-    return cells.round().clamp(0, 255).byte(),top/(top.max() or 1)
+def _bytes(maps, signed): # each of `maps` (h, w) or (slices, h, w) as bytes (slices, h, w); the scale of each, as a share of the largest
+    maps = [_small(torch.nan_to_num(m.float(), 0, 0, 0).reshape(-1, *m.shape[-2:]), 56 if m.ndim==2 else 32) for m in maps]
+    ends = [color_scale([m], signed) for m in maps]
+    cells = [(255*(m-o['vmin'])/(o['vmax']-o['vmin'])).round().clamp(0, 255).byte() for m,o in zip(maps, ends)]
+    tops = [o['vmax'] if m.any() else 0. for m,o in zip(maps, ends)]
+    return cells,[o/(max(tops) or 1) for o in tops]
 
 # %% ../../nbs/46_views.report.ipynb #re000014
 def _photo(img, alt, most=320): # `img` as from `Heatmaps.image`
@@ -99,30 +97,33 @@ def _choice(hm, i, j, number, cells, share): # one of the maps of photo `i`, to 
     return Label(Input(type='radio', name=f'map-{number}', cls='map', checked=j==first, **data),
                  Span(ft('bdi', task.says(hm.name(c), hm.preds[i], c)), *_tags(hm, i, j)))
 
-def _panel(hm, i, img, alt): # photo `i`, `img`, and the canvas of its map; its maps; no slider
+def _still(img, maps, alt): # the photo `img` (1 or 3, H, W), and a canvas for one of its `maps`
     photo = _photo(img, alt)
-    return Div(photo, Canvas(width=photo.width, height=photo.height, role='img')),hm.maps[i],None
+    return Div(photo, Canvas(width=photo.width, height=photo.height, role='img', aria_label=f'Map of {alt}')),maps,None
 
-def _film(hm, i, vol, alt, most=24, side=192): # the same of a volume (1 or 3, D, H, W), as slices one below the other; a slider
+def _film(vol, maps, alt, j, side, most=24): # the same of a volume (1 or 3, D, H, W), as slices one below the other
     depth,(h,w) = vol.shape[1],[max(1, round(side*s/max(vol.shape[2:]))) for s in vol.shape[2:]]
-    strongest,*_ = strongest_point(hm.maps[i][_first(hm, i)].float(), vol.shape[1:])
+    strongest,*_ = strongest_point(maps[j].float(), vol.shape[1:])
     step = math.ceil(depth/most)
     shown = range(strongest%step, depth, step)
     slices = F.interpolate(vol[:,shown].movedim(0, 1), (h,w), mode='bilinear', antialias=True)
-    panel = Div(_photo(slices.movedim(0, 1).flatten(1, 2), alt, len(shown)*h), Canvas(width=w, height=h, role='img'),
-                cls='film', style=f'aspect-ratio: {w}/{h}; --slice: {strongest//step}')
+    panel = Div(_photo(slices.movedim(0, 1).flatten(1, 2), alt, len(shown)*h),
+                Canvas(width=w, height=h, role='img', aria_label=f'Map of {alt}'), cls='film', style=f'aspect-ratio: {w}/{h}; --slice: {strongest//step}')
     slider = Input(type='range', cls='slice', min=0, max=len(shown)-1, value=strongest//step, data_start=shown[0], data_step=step)
-    maps = torch.stack([cut(hm.maps[i].float(), 0, (o+.5)/depth) for o in shown], 1)
-    return panel,maps,Label('slice', slider, ft('output', strongest), cls='slices')
+    cuts = torch.stack([cut(maps.float(), 0, (o+.5)/depth) for o in shown], 1)
+    return panel,cuts,Label('slice', slider, ft('output', strongest), cls='slices')
+
+def _shown(img, maps, alt, j=0, side=192): # a panel for a photo or a volume, maps as the panel shows them, and a slider or None; it begins at map `j`
+    return _still(img, maps, alt) if img.ndim==3 else _film(img, maps, alt, j, side)
 
 def _card(hm, i, img, number, name, loss, signed): # photo `i`, `img`, or a volume
-    panel,maps,slider = (_panel if img.ndim==3 else _film)(hm, i, img, f'Photo {number}, {name}')
-    cells,share = _bytes(maps, signed, 56 if img.ndim==3 else 32)
-    choices = [_choice(hm, i, j, number, *o) for j,o in enumerate(zip(cells, share))]
+    panel,maps,slider = _shown(img, hm.maps[i], f'Photo {number}, {name}', _first(hm, i))
+    cells,shares = _bytes(maps, signed)
+    choices = [_choice(hm, i, j, number, *o) for j,o in enumerate(zip(cells, shares))]
     return Article(H3(f'{number}\u2002', ft('bdi', name)),
                    Div(Figure(panel, Figcaption(), cls='panel'), cls='panels'), slider or '',
                    _says(hm, i, loss), Fieldset(Legend('Map of'), *choices), id=f'photo-{number}', cls='card', tabindex=-1,
-                   data_rows=cells.shape[-2], data_cols=cells.shape[-1])
+                   data_rows=cells[0].shape[1], data_cols=cells[0].shape[2])
 
 # %% ../../nbs/46_views.report.ipynb #re000019
 def _short(names): # of files, from the folder that they have in common
@@ -170,26 +171,25 @@ def _to_average(classes, most=48): # class -> an empty `Mean`, of those that hav
     return {c:Mean() for c,n in sorted(counts) if n>1}
 
 def _average(means, hm, i, img, classes): # adds photo `i`, `img`, to the means of its `classes`
-    if img.ndim==4: return # a mean of volumes would need a slider of its own
+    small = _small(img.flatten(0, -3), 160 if img.ndim==3 else 64).unflatten(0, img.shape[:-2]) # a volume keeps its slices
     for c in classes:
         m = map_of(hm, i, c)
-        if c in means and m is not None: means[c].add(m, _small(img, 160))
+        if c in means and m is not None: means[c].add(m, small)
 
 # %% ../../nbs/46_views.report.ipynb #re000052
-def _mean_figure(name, mean, cells, share): # `cells` and `share` as from `_bytes`
-    says = ' '.join(mean_title(name, mean.n, mean.empty))
-    photo = _photo(mean.photo, f'Photos of {says}')
-    canvas = Canvas(width=photo.width, height=photo.height, role='img', aria_label=f'Maps of {says}')
+def _mean_figure(name, mean, panel, slider, cells, share): # `panel` and `slider` as from `_shown`, `cells` and `share` as from `_bytes`
     data = dict(data_map=_text(cells.numpy().tobytes()), data_share=f'{share:.3f}')
-    return Figure(Div(photo, canvas), Figcaption(ft('bdi', name), says.removeprefix(name)),
-                  cls='panel mean', data_rows=cells.shape[0], data_cols=cells.shape[1], **data)
+    caption = Figcaption(ft('bdi', name), _mean_says(name, mean).removeprefix(name))
+    return Figure(panel, slider or '', caption, cls='panel mean', data_rows=cells.shape[1], data_cols=cells.shape[2], **data)
+
+def _mean_says(name, mean): return ' '.join(mean_title(name, mean.n, mean.empty))
 
 def _means(means, of, name, signed): # `of`: which photos they are of; None if no class has a mean
-    means = {c:o for c,o in means.items() if o.n>1}
+    means = [(name(c), o) for c,o in means.items() if o.n>1]
     if not means: return
-    shape = first(means.values()).map.shape[1:]
-    cells,shares = _bytes(torch.cat([enlarged(o.map, shape, 'bilinear') for o in means.values()]), signed)
-    figures = [_mean_figure(name(c), o, *v) for (c,o),*v in zip(means.items(), cells, shares)]
+    panels,maps,sliders = zip(*[_shown(o.photo, o.map, _mean_says(n, o), side=128) for n,o in means])
+    cells,shares = _bytes([o for m in maps for o in m], signed)
+    figures = [_mean_figure(n, o, *v) for (n,o),*v in zip(means, panels, sliders, cells, shares)]
     how = P(f'The mean map of a class, on the mean of {of}. Each photo counts alike, and all means share a scale. '
             'Classes with two photos or more have one, 48 at most.', cls='soft')
     return Section(H2('Where it looks for a class'), how, Div(*figures, cls='means'), id='means')
@@ -470,7 +470,7 @@ addEventListener('change', e => e.target.matches('.map') && show(e.target.closes
 same.addEventListener('change', () => drawn.forEach(show))
 addEventListener('input', e => {
   if (!e.target.matches('.slice')) return
-  const {value, dataset: {start, step}} = e.target, card = e.target.closest('.card')
+  const {value, dataset: {start, step}} = e.target, card = e.target.closest('[data-rows]')
   for (const film of all('.film', card)) film.style.setProperty('--slice', value)
   one('output', card).textContent = +start+value*step
   show(card)
