@@ -425,6 +425,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes.Probe.weights': ( 'core.passes.html#probe.weights',
                                                                                             'fastai_heatmaps/core/passes.py'),
+                                             'fastai_heatmaps.core.passes._advice': ( 'core.passes.html#_advice',
+                                                                                      'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes._check_batch': ( 'core.passes.html#_check_batch',
                                                                                            'fastai_heatmaps/core/passes.py'),
                                              'fastai_heatmaps.core.passes._wrong_axes': ( 'core.passes.html#_wrong_axes',

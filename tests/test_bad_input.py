@@ -186,6 +186,9 @@ def test_a_figure_that_fails_is_closed(learn, photo):
 
 def test_channels(learn):
     fails(lambda: model_heatmaps(learn.model, torch.rand(1, 1, 64, 64)), '1 channels', 'takes 3', 'n_in=1')
+    fails(lambda: model_heatmaps(learn.model, torch.rand(1, 3, 64, 64).double()), 'are torch.float64', 'x.to(torch.float32)')
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    fails(lambda: model_heatmaps(flat, torch.rand(1, 3, 2, 2), method='saliency'), 'are torch.float32', 'x.to(torch.float64)')
 
 
 def test_channels_of_a_learner(pics, photo):

@@ -247,24 +247,31 @@ def _wrong_axes(model, x): # what to do about a batch with too many axes or too 
             'a Learner takes one of them without its axis n, or a list of such')
     return f"the model takes {_axes[n]}, and this batch is {tuple(x.shape)}: {todo}"
 
+def _advice(model, x, said): # what to do about an error that says `said`; None = no telling
+    if wrong := _wrong_axes(model, x): return wrong
+    if chans := re.search(r'to have (\d+) channels, but got (\d+)', said):
+        return (f"the images have {chans[2]} channels and the model takes {chans[1]}: "
+                f"convert the images, or make the model with n_in={chans[2]}")
+    if sizes := re.search(r'shapes cannot be multiplied \(\d+x(\d+) and (\d+)x', said):
+        return (f"a linear layer of the model gets {sizes[1]} numbers and takes {sizes[2]}: "
+                "the model is made for images of another size: take the one that it was trained with")
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(kinds)==1 and x.dtype not in kinds and re.search('same dtype|should be the same|scalar type', said):
+        kind, = kinds
+        return f"the images are {x.dtype} and the weights of the model {kind}: convert the images, x.to({kind}), or the model"
+
 @contextmanager
 def clear_errors(
     model:nn.Module,
     x:Tensor # The input that is explained
 ):
-    "Explain in a ValueError what to do where the images have the wrong number of axes or channels, or the wrong size"
+    "Explain in a ValueError what to do where the images have the wrong number of axes or channels, the wrong size or dtype"
     try: yield
     except (RuntimeError, IndexError, ValueError) as e:
         if isinstance(e, ValueError) and not re.search(r'expected \d\w? input', str(e)): raise # but that of a BatchNorm
-        if wrong := _wrong_axes(model, x): raise ValueError(wrong) from e
-        chans = re.search(r'to have (\d+) channels, but got (\d+)', str(e))
-        if chans:
-            raise ValueError(f"the images have {chans[2]} channels and the model takes {chans[1]}: "
-                             f"convert the images, or make the model with n_in={chans[2]}") from e
-        sizes = re.search(r'shapes cannot be multiplied \(\d+x(\d+) and (\d+)x', str(e))
-        if not sizes: raise
-        raise ValueError(f"a linear layer of the model gets {sizes[1]} numbers and takes {sizes[2]}: "
-                         "the model is made for images of another size: take the one that it was trained with") from e
+        advice = _advice(model, x, str(e))
+        if not advice: raise
+        raise ValueError(advice) from e
 
 # %% ../../nbs/06_core.passes.ipynb #ps000008
 class Pass:
