@@ -121,7 +121,8 @@ _pools = nn.modules.pooling._AdaptiveAvgPoolNd,nn.modules.pooling._AdaptiveMaxPo
 _convs = nn.modules.conv._ConvNd
 _products = 'matmul','__matmul__','bmm','baddbmm','einsum','scaled_dot_product_attention','multi_head_attention_forward'
 
-def _has(m, types): return any(isinstance(o, types) for o in every_module(m))
+def _kinds(m): return {type(o) for o in every_module(m)}
+def _has(kinds, types): return any(issubclass(o, types) for o in kinds)
 
 # %% ../../nbs/02_core.layers.ipynb #ly000004
 def is_body_and_head(
@@ -129,7 +130,7 @@ def is_body_and_head(
 ) -> bool:
     "Is `model` a `Sequential(body, head)`, as `vision_learner` builds it?"
     if not isinstance(model, nn.Sequential) or len(model)!=2: return False
-    body,head = model
+    body,head = map(_kinds, model)
     return _has(body, _convs) and not _has(body, nn.Linear) and not _has(head, _convs)
 
 # %% ../../nbs/02_core.layers.ipynb #dda5408a
@@ -307,7 +308,7 @@ def layer_names(
 def _with_maps(names): # of `names`, name -> module, those of layers whose kind has a map
     norms = nn.LayerNorm,nn.RMSNorm
     def kind(n, m): return n.rpartition('.')[0],type(m) # blocks of a transformer have the same parent and class
-    blocks = [kind(n, m) for n,m in names.items() if _has(m, nn.Linear) and _has(m, norms) and list(m.children())]
+    blocks = [kind(n, m) for n,m in names.items() if _has(_kinds(m), nn.Linear) and _has(_kinds(m), norms) and list(m.children())]
     def is_large(m): return any(isinstance(o, _convs) and max(o.kernel_size)>1 for o in m.modules())
     return [n for n,m in names.items() if n and (is_large(m) or blocks.count(kind(n, m))>1)]
 
@@ -331,7 +332,7 @@ def get_layer(
 
 # %% ../../nbs/02_core.layers.ipynb #ly000021
 def _check_places(model, layers, *xb): # warn of those of `layers` whose cells are not where they are drawn
-    layers = [l for l in layers if not _has(l, _convs)]
+    layers = [l for l in layers if not _has(_kinds(l), _convs)]
     if not xb or not layers or is_body_and_head(model): return
     with quiet(model), recorded_shapes(model) as shapes, recorded_attention(model) as (attend,_):
         model(*[x[:1] for x in xb])

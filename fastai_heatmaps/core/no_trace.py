@@ -220,7 +220,13 @@ def as_written():
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000008
 _plain = {bool, int, float, str, type(None)}
-_no_outputs = vars(nn.Module()).keys() - {'_buffers'} # attributes of each module, in which it keeps no outputs
+_common = list(vars(nn.Module())) # attributes that each module has, and mostly begins with
+
+def _own(held): # the names of those attributes of a module, `held`, that not every module has
+    n = len(_common)
+    if len(held)==n: return ()
+    names = list(held)
+    return names[n:] if names[:n]==_common else [k for k in names if k not in _common]
 
 def _is_bare(v): # the quick way to know that nothing in `v` has a graph, for what most other attributes of modules are
     kind = type(v)
@@ -270,11 +276,12 @@ def map_graphs(
     seen = set()
     for m in every_module(model):
         held = vars(m)
-        for k in held.keys()-_no_outputs:
+        for k in _own(held):
             v = held[k]
             if type(v) in _plain or _is_bare(v): continue
             new = _map_graphs(f, v, seen)
             if new is not v: held[k] = new
+        if m._buffers: _map_held(f, m._buffers, m._buffers.items(), seen)
         if not m._forward_hooks and not m._forward_pre_hooks: continue
         for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()): _map_hook(f, h, seen)
 
