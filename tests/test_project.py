@@ -124,8 +124,8 @@ def test_words_of_the_docs(monkeypatch):
         '([arXiv 1610.02391](https://arxiv.org/abs/1610.02391), [doi 10.1109/TIP.2021.3089943](https://doi.org/10.1109/TIP.2021.3089943)) [arXiv 1.2]'
     assert named('`hm.plot()`, `show_gradcam`, `cls`, `hm.show_gradcam`')=='[`hm.plot()`](/reference/heatmaps.ipynb#heatmaps.plot), [`show_gradcam`](/reference/learner.ipynb#learner.show_gradcam), `cls`, `hm.show_gradcam`'
     for o in ('# `show_gradcam`', '```\n`show_gradcam`\n```', '[`show_gradcam`](x)'): assert named(o)==o
-    assert documented('---\n\n### f\n\n```python\ndef f(\n    module, # A\n):\n```\n\n*Do [`module`](https://docs.fast.ai/layers.html#module) as [`Hook`](https://docs.fast.ai/x#hook)*')==\
-        '### `f`\n\n```python\ndef f(\n    module, # A\n):\n```\n\n*Do `module` as [`Hook`](https://docs.fast.ai/x#hook)*'
+    assert documented('---\n\n### f\n\n```python\ndef f(\n    module:NoneType=None, # A\n):\n```\n\n*Do [`module`](https://docs.fast.ai/layers.html#module) as [`Hook`](https://docs.fast.ai/x#hook)*')==\
+        '### `f`\n\n```python\ndef f(\n    module=None, # A\n):\n```\n\n*Do `module` as [`Hook`](https://docs.fast.ai/x#hook)*'
     from docs import badge, colab, pages
     lesson,url = pages['tutorials/digits'],'https://github.com/a/b'
     assert badge('# T\n\n> s\n\nx', '')==colab('# T\n\n> s\n\nx', lesson, '')=='# T\n\n> s\n\nx'

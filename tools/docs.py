@@ -62,7 +62,8 @@ def outputs(c):
     return [o for o,d in zip(c.outputs, ds) if not nothing(d)]
 
 def documented(md):
-    "What show_doc says, without a rule and a source link (there's no git_url for nbdev)"
+    "What show_doc says, without a rule, a source link (there's no git_url for nbdev), and the type that it takes None for"
+    md = md.replace(':NoneType=None', '=None')
     # the name as code, or the underscores of `__call__` make it bold
     md = tidy(re.sub(r'\A---\n+(?:\[source\].*\n+)?(#+) (.+)', r'\1 `\2`', md.partition('\n\nParameters:\n')[0]))
     params = re.findall(r'\**(\w+)(?=[:=,\s])', md.partition('\n):')[0].partition('```python')[2])
