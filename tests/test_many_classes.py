@@ -161,6 +161,20 @@ def test_a_linear_head_is_proved_once():
     torch.testing.assert_close(passes()[1], 3*maps)
 
 
+def test_a_head_is_proved_for_each_picture():
+    "The same body sees both, and the answer rests on the first alone, also where the second is the same picture"
+    class First(nn.Module):
+        def __init__(self): super().__init__(); self.net = net('linear')
+        def forward(self, a, b):
+            y = self.net(a)
+            self.net[0](b)
+            return y
+    m,x = First(),torch.rand(2, 3, 7, 7)
+    def ask(input): return model_heatmaps(m, (x,x.clone()), cls=list(range(20)), layer='net.0', input=input)[0]
+    torch.testing.assert_close(ask(0), model_heatmaps(m.net, x, cls=list(range(20)))[0])
+    with pytest.raises(ValueError, match='autograd sees no way'): ask(1)
+
+
 @pytest.mark.parametrize('method', ['gradcam', 'layercam'])
 def test_in_the_memory_of_a_few(method, monkeypatch):
     "What a backward pass computes stays within the limit, unless one class alone is above it"

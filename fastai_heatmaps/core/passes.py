@@ -46,7 +46,7 @@ def at_each(
     return (w/size.numel())[(..., *[None]*len(size))].expand(*w.shape, *size)
 
 # %% ../../nbs/06_core.passes.ipynb #ps000006
-_proved = weakref.WeakKeyDictionary() # a layer -> the linear one that takes the mean of its map and gives the scores, found so by a gradient
+_proved = weakref.WeakKeyDictionary() # a layer -> the linear one that takes the mean of its map and gives the scores, found so by a gradient; of which `Part`
 
 class Probe(GetAttr):
     "One question to a pass: the classes `idxs` (n, k) with their scores `y` (n, k), and what a layer put out, `acts` (n, C, h, w)"
@@ -101,8 +101,9 @@ class Probe(GetAttr):
             w,bias = layer.weight.detach()[asked].float(),layer.bias
             return near(F.linear(mean, w, bias if bias is None else bias.detach()[asked].float()), said[:,asked].float(), tol)
         def fits(m): return isinstance(m, nn.Linear) and m.weight.shape==(said.shape[1], mean.shape[1])
-        layer = _proved.get(self.hook.m, noop)()
-        if fits(layer) and gives(layer, 1e-4): return layer.weight.detach().float()
+        known,part = _proved.get(self.hook.m, (noop, None))
+        layer = known()
+        if part==self.hook.part and fits(layer) and gives(layer, 1e-4): return layer.weight.detach().float()
         layer = last(filter(fits, every_module(self.model)), None)
         if layer is None or not gives(layer, 1e-2): return
         v = self.random_weights(0)
@@ -110,7 +111,7 @@ class Probe(GetAttr):
         (g,), = each_gradient(self.scores, [self.hook.stored], v[None], retain=True)
         w = layer.weight.detach().float()
         if not near(self.map(g).float(), at_each(v[:,asked].float()@w[asked], self.acts)): return
-        _proved[self.hook.m] = weakref.ref(layer)
+        _proved[self.hook.m] = weakref.ref(layer),self.hook.part
         return w
 
     def by_class(self, f):
