@@ -86,11 +86,12 @@ def _is_alone(): # can no other thread draw random numbers?
 def random_numbers():
     "Note the states of the random number generators of Python, NumPy and torch; return a function that puts them back"
     if not _is_alone(): return noop
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [] # else even looking for one takes half a millisecond
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [] # to look for one would take .4 ms
     states = random.getstate(),np.random.get_state(),torch.get_rng_state(),cuda
     def restore():
         if not _is_alone(): return
-        for put,state in zip((random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all), states): put(state)
+        put_back = random.setstate,np.random.set_state,torch.set_rng_state,torch.cuda.set_rng_state_all
+        for f,state in zip(put_back, states): f(state)
     return restore
 
 # %% ../../nbs/00_core.no_trace.ipynb #nt000015
@@ -223,9 +224,7 @@ _plain = {bool, int, float, str, type(None)}
 _common = list(vars(nn.Module())) # attributes that each module has, and mostly begins with
 
 def _own(held): # the names of those attributes of a module, `held`, that not every module has
-    n = len(_common)
-    if len(held)==n: return ()
-    names = list(held)
+    names,n = list(held),len(_common)
     return names[n:] if names[:n]==_common else [k for k in names if k not in _common]
 
 def _is_bare(v): # the quick way to know that nothing in `v` has a graph, for what most other attributes of modules are
@@ -281,7 +280,7 @@ def map_graphs(
             if type(v) in _plain or _is_bare(v): continue
             new = _map_graphs(f, v, seen)
             if new is not v: held[k] = new
-        if m._buffers: _map_held(f, m._buffers, m._buffers.items(), seen)
+        if buffers := held.get('_buffers'): _map_held(f, buffers, buffers.items(), seen)
         if not m._forward_hooks and not m._forward_pre_hooks: continue
         for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()): _map_hook(f, h, seen)
 

@@ -46,7 +46,8 @@ def at_each(
     return (w/size.numel())[(..., *[None]*len(size))].expand(*w.shape, *size)
 
 # %% ../../nbs/06_core.passes.ipynb #ps000006
-_proved = weakref.WeakKeyDictionary() # a layer -> the linear one that takes the mean of its map and gives the scores, found so by a gradient; of which `Part`
+# a layer -> the linear one that takes the mean of its map and gives the scores, as a gradient has proved; and for which `Part`
+_proved = weakref.WeakKeyDictionary()
 
 class Probe(GetAttr):
     "One question to a pass: the classes `idxs` (n, k) with their scores `y` (n, k), and what a layer put out, `acts` (n, C, h, w)"

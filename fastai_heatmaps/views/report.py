@@ -38,7 +38,7 @@ def _small(o, most): # `o` (channels, H, W), `most` a side
     shrink = most/max(most, *o.shape[1:])
     return F.interpolate(o[None], [max(1, round(s*shrink)) for s in o.shape[1:]], mode='area')[0] if shrink<1 else o
 
-def _bytes(maps, signed): # each of `maps` (h, w) or (slices, h, w) as bytes (slices, h, w); the scale of each, as a share of the largest
+def _bytes(maps, signed): # maps (h, w) or (slices, h, w), each as bytes (slices, h, w); their scales, as shares of the largest
     maps = [_small(torch.nan_to_num(m.float(), 0, 0, 0).reshape(-1, *m.shape[-2:]), 56 if m.ndim==2 else 32) for m in maps]
     ends = [color_scale([m], signed) for m in maps]
     cells = [(255*(m-o['vmin'])/(o['vmax']-o['vmin'])).round().clamp(0, 255).byte() for m,o in zip(maps, ends)]
@@ -108,12 +108,13 @@ def _film(vol, maps, alt, j, side, most=24): # the same of a volume (1 or 3, D, 
     shown = range(strongest%step, depth, step)
     slices = F.interpolate(vol[:,shown].movedim(0, 1), (h,w), mode='bilinear', antialias=True)
     panel = Div(_photo(slices.movedim(0, 1).flatten(1, 2), alt, len(shown)*h),
-                Canvas(width=w, height=h, role='img', aria_label=f'Map of {alt}'), cls='film', style=f'aspect-ratio: {w}/{h}; --slice: {strongest//step}')
+                Canvas(width=w, height=h, role='img', aria_label=f'Map of {alt}'), cls='film',
+                style=f'aspect-ratio: {w}/{h}; --slice: {strongest//step}')
     slider = Input(type='range', cls='slice', min=0, max=len(shown)-1, value=strongest//step, data_start=shown[0], data_step=step)
     cuts = torch.stack([cut(maps.float(), 0, (o+.5)/depth) for o in shown], 1)
     return panel,cuts,Label('slice', slider, ft('output', strongest), cls='slices')
 
-def _shown(img, maps, alt, j=0, side=192): # a panel for a photo or a volume, maps as the panel shows them, and a slider or None; it begins at map `j`
+def _shown(img, maps, alt, j=0, side=192): # the panel of a photo or a volume, its maps as shown there; its slider, or None
     return _still(img, maps, alt) if img.ndim==3 else _film(img, maps, alt, j, side)
 
 def _card(hm, i, img, number, name, loss, signed): # photo `i`, `img`, or a volume
@@ -177,7 +178,7 @@ def _average(means, hm, i, img, classes): # adds photo `i`, `img`, to the means 
         if c in means and m is not None: means[c].add(m, small)
 
 # %% ../../nbs/46_views.report.ipynb #re000052
-def _mean_figure(name, mean, panel, slider, cells, share): # `panel` and `slider` as from `_shown`, `cells` and `share` as from `_bytes`
+def _mean_figure(name, mean, panel, slider, cells, share): # the last four as from `_shown` and `_bytes`
     data = dict(data_map=_text(cells.numpy().tobytes()), data_share=f'{share:.3f}')
     caption = Figcaption(ft('bdi', name), _mean_says(name, mean).removeprefix(name))
     return Figure(panel, slider or '', caption, cls='panel mean', data_rows=cells.shape[1], data_cols=cells.shape[2], **data)
