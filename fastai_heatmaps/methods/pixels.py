@@ -48,9 +48,8 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, = ctx.saved_tensors
-        grad = grad.clamp(min=0)
-        if ctx.guided: grad = grad*((y>0)&(y<ctx.top))
-        return grad, None, None, None
+        if ctx.guided: grad = torch.ops.aten.hardtanh_backward(grad, y, 0., ctx.top) # 0 unless 0 < y < top, in one go
+        return grad.clamp(min=0), None, None, None
 
 # %% ../../nbs/12_methods.pixels.ipynb #px000003
 _relus = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
