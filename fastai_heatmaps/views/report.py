@@ -21,7 +21,7 @@ from ..data.drawn import check_free, drawn_by
 from ..data.files import whole_file
 from ..data.images import to_images, own_test_dl, some_places
 from ..data.volumes import strongest_point, cut
-from ..data.draw import styles, color_scale, color_words, enlarged, as_png
+from ..data.draw import styles, color_scale, color_words, as_png
 from ..data.heatmaps import Heatmaps
 from ..data.means import Mean, map_of, mean_title
 from ..learner.core import explain_images
@@ -43,7 +43,8 @@ def _bytes(maps, signed): # maps (h, w) or (slices, h, w), each as bytes (slices
     ends = [color_scale([m], signed) for m in maps]
     cells = [(255*(m-o['vmin'])/(o['vmax']-o['vmin'])).round().clamp(0, 255).byte() for m,o in zip(maps, ends)]
     tops = [o['vmax'] if m.any() else 0. for m,o in zip(maps, ends)]
-    return cells,[o/(max(tops) or 1) for o in tops]
+    largest = max(tops) or 1
+    return cells,[o/largest for o in tops]
 
 # %% ../../nbs/46_views.report.ipynb #re000014
 def _photo(img, alt, most=320): # `img` as from `Heatmaps.image`
